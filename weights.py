@@ -1,0 +1,229 @@
+"""Weights: safetensors files <-> module trees, strict, lazy and sharded.
+
+The module tree is the key map. A tensor's name in the file is the path of attribute names that leads
+to the array, so `decoder.layers.self_attn.q_proj.weight` needs no table of names. Repeated layers are
+one module whose arrays carry a leading layer axis [N, ...] (jax.lax.scan runs over it); in the file
+each layer is a tensor of its own and the number stands behind `layers`:
+
+    tree   decoder.layers.fc1.weight             [N, 5120, 1280]
+    file   decoder.layers.0.fc1.weight           [5120, 1280]
+           ...
+           decoder.layers.{N-1}.fc1.weight       [5120, 1280]
+
+A template of `jax.ShapeDtypeStruct`s says what is wanted: shape, dtype and, if set, sharding. Each
+process reads only the slices that its own devices hold, so no host needs room for a whole model.
+
+Reads: nothing of ours.   Read next: whisper.py.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+Config = TypeVar("Config")
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]  # no .bin, .pth or fp32 duplicates
+
+
+def resolve(path_or_repo: str | Path) -> Path:
+    """The local folder of a model: the folder itself, or the download of a Hugging Face repo id.
+
+    Raises FileNotFoundError if it is neither.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(
+            f"{folder} is a file; expected a model folder. Give the folder that holds it."
+        )
+    try:
+        return Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{path_or_repo}: neither a folder here nor a Hugging Face repo that could be fetched "
+            f"({reason}). Expected a folder with config.json and model.safetensors, or a repo id such "
+            "as openai/whisper-tiny (log in with `hf auth login` for gated ones)."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises FileNotFoundError or ValueError that names the file and the line."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; expected the {path.name} that is published with the model. "
+            "Download it into this folder."
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def read_config(cls: type[Config], folder: Path) -> Config:
+    """Build the frozen dataclass `cls` from the keys of `folder/config.json` that it names.
+
+    Raises ValueError if a field without default is absent.
+    """
+    values = read_json(folder / "config.json")
+    fields = dataclasses.fields(cls)
+    absent = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
+    if absent:
+        raise ValueError(
+            f"{folder / 'config.json'}: no {', '.join(absent)}; expected every size that {cls.__name__} "
+            f"needs (model_type here is {values.get('model_type')!r}). Is this the right model?"
+        )
+    return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+
+
+def abstract(init: Callable, *args: Any, dtype: Any = None) -> Any:
+    """The template of `init(*args)`: shapes without memory, float arrays in `dtype` (None: as is)."""
+
+    def cast(leaf: Any) -> Any:
+        if dtype is None or not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if is_float else leaf.dtype)
+
+    return jax.tree.map(cast, eqx.filter_eval_shape(init, *args))
+
+
+def names_of(tree: Any, prefix: str = "") -> list[tuple[Any, list[str], bool]]:
+    """For every leaf of `tree`: the leaf, its tensor names in a file, and whether it is stacked.
+
+    A stacked leaf (under an attribute called `layers`) has one name for each of its layers.
+    """
+    result = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+        stacked = "layers" in parts
+        numbers = range(leaf.shape[0]) if stacked else [None]
+        at = parts.index("layers") + 1 if stacked else 0
+        names = [
+            prefix + ".".join(parts if n is None else [*parts[:at], str(n), *parts[at:]])
+            for n in numbers
+        ]
+        result.append((leaf, names, stacked))
+    return result
+
+
+def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, str] | None = None):
+    """Read the arrays that `template` asks for from a model folder, in its dtypes and shardings.
+
+    Args:
+        template: tree of `jax.ShapeDtypeStruct`; without a sharding an array goes to device 0.
+        path: folder with model.safetensors, or with the shards of model.safetensors.index.json.
+        prefix: stands before every name in the file, such as "model.".
+        unused: {start of a name: reason} of the tensors that may be left in the file.
+
+    Raises ValueError (missing, unexpected or misshaped tensors, damaged file) or FileNotFoundError.
+    """
+    folder = Path(path)
+    file_of = _tensor_files(folder)
+    wanted = names_of(template, prefix)
+    needed = {name for _, names, _ in wanted for name in names}
+    missing = sorted(needed - file_of.keys())
+    extra = sorted(
+        name for name in file_of.keys() - needed if not name.startswith(tuple(unused or {}))
+    )
+    if missing or extra:
+        raise ValueError(
+            f"{folder}: the tensors are not those of this model. Missing: {_some(missing)}. "
+            f"Unexpected: {_some(extra)}. Expected exactly the {len(needed)} tensors that config.json "
+            "implies: check that config.json and the weights belong together."
+        )
+    handles = {}
+    for file in sorted({file_of[name] for name in needed}):
+        if not file.is_file():
+            names = sorted(name for name in needed if file_of[name] == file)
+            raise FileNotFoundError(
+                f"{file} is missing; the index says it holds {_some(names)}. Download this shard."
+            )
+        handles[file] = _open(file)
+
+    def read(leaf: jax.ShapeDtypeStruct, names: list[str], stacked: bool) -> jax.Array:
+        slices = [handles[file_of[name]].get_slice(name) for name in names]
+        expected = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        for name, found in zip(names, slices, strict=True):
+            if tuple(found.get_shape()) != expected:
+                raise ValueError(
+                    f"{file_of[name]}: {name} has shape {tuple(found.get_shape())}; expected "
+                    f"{expected} from config.json. Check that the two belong together."
+                )
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return np.asarray(slices[0][index if index else ...]).astype(leaf.dtype)
+            layers = slices[index[0]]
+            rows = [np.asarray(layer[index[1:]]).astype(leaf.dtype) for layer in layers]
+            return np.stack(rows)
+
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+    arrays = [read(leaf, names, stacked) for leaf, names, stacked in wanted]
+    return jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None = None) -> Path:
+    """Write `tree` to `folder/model.safetensors` under its published names; returns the file.
+
+    The file is written beside and then renamed: a crash leaves the old one whole.
+    """
+    tensors = {}
+    for leaf, names, stacked in names_of(tree, prefix):
+        array = np.asarray(leaf)
+        tensors |= {
+            n: np.ascontiguousarray(array[i] if stacked else array) for i, n in enumerate(names)
+        }
+    target = Path(folder) / "model.safetensors"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+    partial.rename(target)
+    return target
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: the file that holds it} of a model folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: no weight_map; expected {{tensor name: file name}}.")
+        return {name: folder / file for name, file in weight_map.items()}
+    if not single.is_file():
+        raise FileNotFoundError(
+            f"{folder}: neither {single.name} nor {index.name}; expected one of them. Convert other "
+            "formats (.bin, .pth) to safetensors first."
+        )
+    return dict.fromkeys(_open(single).keys(), single)
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); {file.stat().st_size} bytes here. "
+            "It is damaged or cut short: download it again."
+        ) from error
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
