@@ -1,0 +1,218 @@
+"""Connector: Whisper's states become the input embeddings of a Llama. The only part that is trained.
+
+    audio [B, S] -> log-mel -> Whisper encoder (FROZEN)        states   [B, T, D]
+    query tokens [Q, D] + positions -> Whisper decoder (TRAINED) hidden [B, Q, D]
+    projection (TRAINED)                              virtual tokens    [B, Q, E]
+    [prefix; virtual tokens; suffix] -> Llama (FROZEN)                  [B, P + Q + R, E]
+
+A Whisper decoder writes words while it listens. Fed with learned queries instead of the words so
+far, it writes all of them at once, into vectors: one pass, no sampling, differentiable end to end.
+
+Axes: B batch, S audio samples, T encoder positions, Q query tokens, D width of Whisper, E width of
+the LLM, P and R length of the chat template before and after the user's words, V vocabulary.
+
+Source: Held et al. 2024, section 3.   Reads: whisper.py, llama.py, weights.py.
+Read next: distill_loss.py.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import llama
+import weights
+import whisper
+
+
+class Projection(eqx.Module):
+    """y = x W + b. Published DiVA checkpoints store W as [in, out], unlike every other tensor."""
+
+    weight: Float[Array, "D E"]
+    bias: Float[Array, "E"]
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        return x @ self.weight.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
+class Connector(eqx.Module):
+    """Q queries through a causal Whisper decoder that listens, then into the LLM's space."""
+
+    query_tokens: Float[Array, "Q D"]
+    decoder: whisper.Decoder
+    projection: Projection
+
+    def __call__(self, states: Float[Array, "B T D"]) -> Float[Array, "B Q E"]:
+        queries = self.query_tokens.astype(states.dtype)
+        queries = jnp.broadcast_to(queries, (len(states), *queries.shape))
+        return self.projection(self.decoder(queries, states))
+
+    @staticmethod
+    def init(
+        decoder: whisper.Decoder, llm: llama.Llama, queries: int | None, key: PRNGKeyArray
+    ) -> "Connector":
+        """A connector that starts as the recogniser's decoder and speaks at the LLM's volume.
+
+        The decoder's last norm gives states of length about sqrt(D), so weights of deviation
+        rms(embedding) / sqrt(D) give virtual tokens as long as the LLM's token embeddings.
+        Raises ValueError if the decoder has fewer positions than `queries` (None: all of them).
+        """
+        positions, width = decoder.embed_positions.weight.shape
+        queries = positions if queries is None else queries
+        if not 1 <= queries <= positions:
+            raise ValueError(
+                f"queries: got {queries}; expected 1 to {positions}, the positions of this Whisper's "
+                "decoder. Give fewer queries, or none for all positions."
+            )
+        query_key, projection_key = jax.random.split(key)
+        table = llm.model.embed_tokens.weight
+        volume = jnp.sqrt(jnp.square(table.astype(jnp.float32)).mean())
+        weight = jax.random.normal(projection_key, (width, table.shape[1]))
+        return Connector(
+            query_tokens=0.02 * jax.random.normal(query_key, (queries, width)),
+            decoder=decoder,
+            projection=Projection(weight * volume / width**0.5, jnp.zeros(table.shape[1])),
+        )
+
+    def published(self) -> dict[str, Any]:
+        """The same arrays under the names of the published DiVA checkpoints."""
+        return {
+            "query_tokens": self.query_tokens,
+            "connector": self.decoder,
+            "projection": self.projection,
+        }
+
+    @staticmethod
+    def from_published(tree: dict[str, Any]) -> "Connector":
+        return Connector(tree["query_tokens"], tree["connector"], tree["projection"])
+
+
+class DiVA(eqx.Module):
+    """Encoder + connector + LLM: speech in, hidden states of the answer out."""
+
+    encoder: whisper.Encoder
+    connector: Connector
+    llm: llama.Llama
+    num_mel_bins: int = eqx.field(static=True)
+
+    @property
+    def window_samples(self) -> int:
+        positions = self.encoder.embed_positions.weight.shape[0]
+        return positions * whisper.FRAMES_PER_POSITION * whisper.HOP
+
+    @staticmethod
+    def create(
+        asr: whisper.Whisper, llm: llama.Llama, queries: int | None, key: PRNGKeyArray
+    ) -> "DiVA":
+        """An untrained DiVA; the connector's arrays are float32, the master weights."""
+        decoder = jax.tree.map(lambda x: x.astype(jnp.float32), asr.decoder)
+        connector = Connector.init(decoder, llm, queries, key)
+        return DiVA(asr.encoder, connector, llm, asr.config.num_mel_bins)
+
+    @staticmethod
+    def load(
+        path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
+    ) -> "DiVA":
+        """A trained DiVA: its own connector, and the Whisper and the Llama that config.json names."""
+        folder = weights.resolve(path)
+        asr_path, llm_path = references(folder)
+        config = weights.read_json(folder / "config.json")
+        asr_config = weights.read_config(whisper.WhisperConfig, weights.resolve(asr_path))
+        encoder = whisper.Whisper.load(asr_path, dtype, place).encoder
+        llm = llama.Llama.load(llm_path, dtype, place)
+        queries = config.get("queries", asr_config.max_target_positions)
+
+        def template() -> dict[str, Any]:
+            decoder = whisper.Whisper.init(asr_config, jax.random.key(0)).decoder
+            return Connector.init(decoder, llm, queries, jax.random.key(0)).published()
+
+        unused = {
+            "encoder.": "frozen: read from reference_encoder",
+            "decoder.": "frozen: read from reference_decoder",
+        }
+        tree = weights.load(place(weights.abstract(template, dtype=dtype)), folder, unused=unused)
+        return DiVA(encoder, Connector.from_published(tree), llm, asr_config.num_mel_bins)
+
+    def save(self, path: str | Path, asr_path: str, llm_path: str) -> None:
+        """Write the connector as a published-layout checkpoint that refers to its two models."""
+        folder = Path(path)
+        weights.save(self.connector.published(), folder)
+        config = {
+            "model_type": "diva",
+            "architectures": ["DiVAModel"],
+            "vocab_size": self.llm.config.vocab_size,
+            "queries": len(self.connector.query_tokens),
+            "reference_encoder": _refer(folder, asr_path),
+            "reference_decoder": _refer(folder, llm_path),
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    def listen(self, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
+        """Encoder states of audio that is padded to the window; no gradient passes."""
+        mel = whisper.log_mel(audio, self.num_mel_bins)
+        mel = mel.astype(self.encoder.conv1.weight.dtype)
+        return jax.lax.stop_gradient(self.encoder(mel))
+
+    def virtual_tokens(self, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
+        return self.connector(self.listen(audio))
+
+    def embed_turn(
+        self, virtual: Float[Array, "B Q E"], prefix: Int[Array, "P"], suffix: Int[Array, "R"]
+    ) -> Float[Array, "B positions E"]:
+        """The user's turn as the LLM's input: template, virtual tokens, template."""
+        before, after = (
+            jnp.broadcast_to(self.llm.embed(ids[None]), (len(virtual), len(ids), virtual.shape[-1]))
+            for ids in (prefix, suffix)
+        )
+        return jnp.concatenate([before, virtual.astype(before.dtype), after], axis=1)
+
+
+def trainable(diva: DiVA) -> DiVA:
+    """The mask of what is trained: the connector, less the token table that queries never touch
+    (weight decay would eat it; it is kept so that the exported decoder is whole)."""
+    mask = jax.tree.map(lambda _: False, diva)
+    connector = jax.tree.map(eqx.is_array, diva.connector)
+    connector = eqx.tree_at(lambda c: c.decoder.embed_tokens.weight, connector, False)
+    return eqx.tree_at(lambda m: m.connector, mask, connector)
+
+
+def nearest_tokens(
+    virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]
+) -> Int[Array, "B Q"]:
+    """The token whose embedding is nearest to each virtual token, by L2 distance."""
+    wide = table.astype(jnp.float32)
+    # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
+    return jnp.argmin(jnp.square(wide).sum(-1) - 2 * virtual.astype(jnp.float32) @ wide.T, axis=-1)
+
+
+def references(path: str | Path) -> tuple[str, str]:
+    """Path or repo of the Whisper and of the Llama that a DiVA checkpoint was trained between.
+
+    A path in config.json may be relative to the checkpoint's folder. Raises ValueError if absent.
+    """
+    folder = weights.resolve(path)
+    config = weights.read_json(folder / "config.json")
+    keys = ("reference_encoder", "reference_decoder")
+    if absent := [key for key in keys if key not in config]:
+        raise ValueError(
+            f"{folder / 'config.json'}: no {', '.join(absent)}; expected the folder or repo of the "
+            "Whisper and of the Llama that the connector was trained between. Is this a DiVA?"
+        )
+    beside = [folder / config[key] for key in keys]
+    return tuple(
+        str(path) if path.is_dir() else config[key] for path, key in zip(beside, keys, strict=True)
+    )
+
+
+def _refer(folder: Path, path: str) -> str:
+    """How config.json names a model: relative to the checkpoint for a folder, else the repo id."""
+    return os.path.relpath(path, folder) if Path(path).is_dir() else str(path)

@@ -1,0 +1,362 @@
+"""Data: a clip and its transcript. Common Voice, LibriSpeech or JSONL on disk -> batches of numpy.
+
+    read_clips(path) -> [Clip]      what there is: names and transcripts, no audio yet
+    prepare(clips)   -> Corpus      what can be used: tokenised; too long clips are left out and counted
+    batches(corpus)  -> {audio [B, S], ids [B, L], lengths [B], weights [B]}, forever
+
+The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run which
+resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in threads that
+run ahead of the device. Nothing is ever cut: what does not fit is left out, counted and reported.
+
+Axes: B batch, S audio samples (16 kHz mono), L text tokens.
+Reads: nothing of ours.   Read next: train.py.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+import soundfile as sf
+from jaxtyping import Float, Float32
+from scipy.signal import resample_poly
+
+SAMPLE_RATE = 16_000
+IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
+AHEAD = 4  # batches that are prepared before they are asked for
+TOKEN_MULTIPLE = 8  # the transcripts' padded length is rounded up to it
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One recording and its transcript; `meta` holds what else is known (accent, speaker, ...)."""
+
+    audio: str
+    text: str
+    meta: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------
+# What there is
+
+
+def read_clips(path: str | Path, split: str = "train") -> list[Clip]:
+    """List the clips of a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+
+    Raises FileNotFoundError or ValueError that names file and line.
+    """
+    path = Path(path)
+    if path.is_file():
+        clips = _read_manifest(path)
+    elif (path / f"{split}.tsv").is_file():
+        clips = _read_common_voice(path, path / f"{split}.tsv")
+    elif path.is_dir():
+        clips = _read_librispeech(path, split)
+    else:
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; expected a Common Voice folder (SPLIT.tsv and clips/), "
+            "a LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data."
+        )
+    if not clips:
+        raise ValueError(f"{path}: split {split!r} lists no clip; expected at least one.")
+    return clips
+
+
+def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
+    """Any version's TSV: columns by name; no quoting, since sentences hold bare quotes."""
+    if not (folder / "clips").is_dir():
+        raise FileNotFoundError(
+            f"{folder / 'clips'} is missing; expected the folder of audio that {file.name} names. "
+            "Unpack the whole corpus."
+        )
+    clips = []
+    with file.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        found = reader.fieldnames or []
+        if absent := [name for name in ("path", "sentence") if name not in found]:
+            raise ValueError(
+                f"{file}:1: no column {' or '.join(absent)}; found {', '.join(found) or 'nothing'}. "
+                "Expected Common Voice's tab-separated header with path and sentence."
+            )
+        for row in reader:
+            if not row["path"] or not row["sentence"] or not row["sentence"].strip():
+                log.warning("%s:%d: no path or no sentence: left out", file, reader.line_num)
+                continue
+            meta = {k: v for k, v in row.items() if k and v and k not in ("path", "sentence")}
+            if "accent" in meta:  # older versions
+                meta["accents"] = meta.pop("accent")
+            clips.append(Clip(str(folder / "clips" / row["path"]), row["sentence"].strip(), meta))
+    return clips
+
+
+def _read_librispeech(folder: Path, split: str) -> list[Clip]:
+    """*.trans.txt lines `ID TEXT` beside ID.flac, in the split's folder or one above it."""
+    root = folder / split if (folder / split).is_dir() else folder
+    clips = []
+    for file in sorted(root.rglob("*.trans.txt")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            name, _, text = line.partition(" ")
+            if not text.strip():
+                raise ValueError(f"{file}:{number}: {line!r}; expected an id, a space and a text.")
+            meta = {"speaker": name.split("-")[0]}
+            clips.append(Clip(str(file.parent / f"{name}.flac"), text.strip(), meta))
+    if not clips:
+        splits = sorted(p.stem for p in folder.glob("*.tsv"))
+        splits += sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "clips")
+        raise FileNotFoundError(
+            f"{folder}: no split {split!r}: neither {split}.tsv (Common Voice) nor *.trans.txt "
+            f"(LibriSpeech); found {', '.join(splits) or 'nothing of the kind'}. "
+            "Check --data and --split."
+        )
+    return clips
+
+
+def _read_manifest(file: Path) -> list[Clip]:
+    """One JSON object a line: audio (relative to the manifest), text, and anything else."""
+    clips = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}:{number}: not JSON ({error}); expected one object a line such as "
+                '{"audio": "a.mp3", "text": "hello"}.'
+            ) from error
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(k), str) for k in ("audio", "text")
+        ):
+            raise ValueError(
+                f"{file}:{number}: no audio or no text; expected an object with both as strings, "
+                'such as {"audio": "a.mp3", "text": "hello"}.'
+            )
+        meta = {k: str(v) for k, v in row.items() if k not in ("audio", "text")}
+        clips.append(Clip(str(file.parent / row["audio"]), row["text"], meta))
+    return clips
+
+
+# ---------------------------------------------------------------------------------------------
+# Audio
+
+
+def load_audio(path: str | Path) -> Float32[np.ndarray, "S"]:
+    """Decode a file to 16 kHz mono in [-1, 1]; any rate and channel count.
+
+    Raises FileNotFoundError, or ValueError for what is unreadable, empty or not finite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; expected an audio file. Check the path.")
+    try:
+        samples, rate = sf.read(path, dtype="float32", always_2d=True)
+    except (sf.SoundFileError, RuntimeError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise ValueError(
+            f"{path}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
+            "Convert or remove the file."
+        ) from error
+    samples = samples.mean(axis=1)
+    if not len(samples):
+        raise ValueError(f"{path}: no samples; expected audio. Record it again or remove it.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
+    if rate != SAMPLE_RATE:
+        # Polyphase with a low-pass below the lower of the two Nyquist rates: no aliases.
+        common = math.gcd(rate, SAMPLE_RATE)
+        samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
+    return samples.astype(np.float32)
+
+
+def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:
+    """Stack clips, silence behind each. Raises ValueError for one that is longer than the window."""
+    batch = np.zeros((len(audio), window), np.float32)
+    for row, samples in zip(batch, audio, strict=True):
+        if len(samples) > window:
+            raise ValueError(
+                f"a clip has {len(samples) / SAMPLE_RATE:.2f} s; expected at most the model's window "
+                f"of {window / SAMPLE_RATE:g} s. Split it at a pause."
+            )
+        row[: len(samples)] = samples
+    return batch
+
+
+def seconds_of(clips: list[Clip]) -> list[float]:
+    """Length of each clip without decoding: Common Voice's clip_durations.tsv, else the headers.
+
+    A file whose header cannot be read counts as 0 s: decoding it will say what is wrong.
+    """
+    known = {}
+    for folder in {Path(clip.audio).parent.parent for clip in clips}:
+        if (table := folder / "clip_durations.tsv").is_file():
+            with table.open(encoding="utf-8", newline="") as lines:
+                rows = csv.reader(lines, delimiter="\t")
+                next(rows, None)
+                known |= {str(folder / "clips" / name): int(ms) / 1000 for name, ms in rows}
+
+    def measure(clip: Clip) -> float:
+        try:
+            return sf.info(clip.audio).duration
+        except (sf.SoundFileError, RuntimeError):
+            return 0.0
+
+    return [known[c.audio] if c.audio in known else measure(c) for c in clips]
+
+
+# ---------------------------------------------------------------------------------------------
+# What can be used
+
+
+@dataclasses.dataclass
+class Corpus:
+    """Clips that fit, with their tokens; one padded length L for the whole run, so that the step
+    compiles once."""
+
+    clips: list[Clip]
+    ids: list[list[int]]
+    window_samples: int
+    max_length: int  # L
+    too_long: int = 0  # left out: audio longer than the window
+    too_wordy: int = 0  # left out: more tokens than queries
+    wordless: int = 0  # left out: no token at all
+    undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
+
+
+def prepare(
+    clips: list[Clip],
+    encode: Callable[[list[str]], list[list[int]]],
+    window_samples: int,
+    max_tokens: int,
+) -> Corpus:
+    """Tokenise, and leave out (never cut) what does not fit; reports the counts.
+
+    Raises ValueError if nothing is left.
+    """
+    tokens = encode([clip.text for clip in clips])
+    kept, ids, window = [], [], window_samples / SAMPLE_RATE
+    too_long = too_wordy = wordless = 0
+    for clip, row, seconds in zip(clips, tokens, seconds_of(clips), strict=True):
+        if seconds > window:
+            too_long += 1
+        elif len(row) > max_tokens:
+            too_wordy += 1
+        elif not row:
+            wordless += 1
+        else:
+            kept.append(clip)
+            ids.append(row)
+    counts = (
+        f"{too_long} longer than {window:g} s, {too_wordy} of more than {max_tokens} tokens, "
+        f"{wordless} without a token"
+    )
+    if not kept:
+        raise ValueError(
+            f"{clips[0].audio if clips else 'the corpus'}: none of {len(clips)} clips can be used "
+            f"({counts}); expected speech of at most {window:g} s. Check --data and --split."
+        )
+    if too_long or too_wordy or wordless:
+        log.warning("left out %d of %d clips: %s", len(clips) - len(kept), len(clips), counts)
+    longest = max(map(len, ids))
+    padded = -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    return Corpus(kept, ids, window_samples, padded, too_long, too_wordy, wordless)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the batches from `start_step` on, endlessly, shuffled anew each epoch.
+
+    audio f32 [B, S], ids int32 [B, L] (0-padded), lengths int32 [B], weights f32 [B]: 0 for a clip
+    that cannot be decoded, which is then silence, named in the log once, and in corpus.undecodable.
+    Raises ValueError if the processes cannot share the batch equally.
+    """
+    if batch_size % process_count:
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be shared equally by {process_count} processes; "
+            f"expected a multiple of {process_count}."
+        )
+    rows = batch_size // process_count
+    samples = _reader(corpus)
+
+    def load(index: int) -> dict[str, np.ndarray]:
+        ids = np.zeros(corpus.max_length, np.int32)
+        ids[: len(corpus.ids[index])] = corpus.ids[index]
+        audio, heard = samples(index)
+        return {
+            "audio": pad([audio], corpus.window_samples)[0],
+            "ids": ids,
+            "lengths": np.int32(len(corpus.ids[index])),
+            "weights": np.float32(heard),
+        }
+
+    order = grain.MapDataset.range(len(corpus.clips)).seed(seed).shuffle().repeat()
+    mine = _Rows(order, batch_size, rows, process_index, start_step)
+    dataset = grain.MapDataset.source(mine).map(load).batch(rows)
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)
+    return iter(dataset.to_iter_dataset(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The clip numbers that one process reads: its part of every batch from a step on."""
+
+    order: grain.MapDataset
+    batch_size: int
+    rows: int
+    process_index: int
+    start_step: int
+
+    def __len__(self) -> int:
+        return 2**40  # endless: no run gets there
+
+    def __getitem__(self, i: int) -> int:
+        step, row = divmod(i, self.rows)
+        first = (self.start_step + step) * self.batch_size + self.process_index * self.rows
+        return self.order[first + row]
+
+
+def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
+    """Clip number -> (samples, could it be decoded); a small corpus stays in memory as int16."""
+
+    def read(index: int) -> tuple[np.ndarray, bool]:
+        file = corpus.clips[index].audio
+        try:
+            samples = load_audio(file)
+            if len(samples) > corpus.window_samples + SAMPLE_RATE // 100:
+                raise ValueError(
+                    f"{file}: {len(samples) / SAMPLE_RATE:.2f} s, longer than its header says; "
+                    f"expected at most {corpus.window_samples / SAMPLE_RATE:g} s."
+                )
+        except (OSError, ValueError) as error:
+            if file not in corpus.undecodable:
+                corpus.undecodable[file] = str(error)
+                log.warning("weight 0: %s", error)
+            return np.zeros(0, np.int16), False
+        samples = samples[: corpus.window_samples]  # resampling may add a few samples of padding
+        return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16), True
+
+    if len(corpus.clips) <= IN_MEMORY:
+        read = functools.cache(read)
+
+    def as_float(index: int) -> tuple[Float[np.ndarray, "S"], bool]:
+        samples, heard = read(index)
+        return samples.astype(np.float32) / 32767, heard
+
+    return as_float

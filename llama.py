@@ -1,0 +1,545 @@
+"""Llama: text to text. Llama 3, 3.1 and 3.2, chat template, generation with a cache.
+
+    ids [B, L] -> embed [B, L, E] -> layers -> norm: hidden [B, L, E] -> logits [B, L, V]
+
+Axes: B batch, L positions, E width (hidden_size), H query heads, G key/value heads, K head width,
+V vocabulary, N layers, C positions that the cache has room for.
+
+DiVA keeps all of it frozen. The forward pass starts from embeddings, not from tokens, because the
+virtual tokens that stand for speech have no number. Attribute names are the published tensor names.
+
+Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models".
+Reads: weights.py.   Read next: connector.py.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import tyro
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tokenizers import Tokenizer
+
+import weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a Llama, under the names of the published config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: Any = None  # {"rope_type": "llama3", "factor": ...}
+    rope_parameters: Any = None  # newer files: theta and scaling in one place
+    tie_word_embeddings: bool = False
+    eos_token_id: Any = None  # a number or a list of them
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def frequencies(self) -> np.ndarray:
+        """Rotation in radians per position of each of the K/2 pairs, with llama3 scaling.
+
+        The scaling slows down the pairs whose wavelength is long beside the length that the model
+        was first trained on, keeps the fast ones, and blends between the two.
+        """
+        rope = self.rope_parameters or {"rope_theta": self.rope_theta} | (self.rope_scaling or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = rope.get("rope_theta", self.rope_theta)
+        plain = theta ** -(np.arange(0, self.head_width, 2) / self.head_width)
+        if kind == "default":
+            return plain
+        if kind != "llama3":
+            raise ValueError(
+                f"config.json: rope type {kind!r}; expected 'default' or 'llama3'. "
+                "Other position scalings are not implemented: use a Llama 3, 3.1 or 3.2."
+            )
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        return keep * plain + (1 - keep) * plain / rope["factor"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Modules
+
+
+class Linear(eqx.Module):
+    """y = x W^T. The weight keeps its own dtype; the product runs in the dtype of x."""
+
+    weight: Float[Array, "*N out in"]
+
+    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(eqx.Module):
+    """Divide by the root mean square over the last axis, in f32, then scale."""
+
+    weight: Float[Array, "*N E"]
+    eps: float = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (normal * self.weight).astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    weight: Float[Array, "V E"]
+
+
+def rotate(
+    x: Float[Array, "B L heads K"], angles: Float[Array, "B L half"]
+) -> Float[Array, "B L heads K"]:
+    """RoPE: turn the pair (x_i, x_{i + K/2}) by its angle (the published files' pairing)."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class Attention(eqx.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    head_width: int = eqx.field(static=True)
+
+    def __call__(self, x, angles, cache=None, mask=None):
+        """x [B, L, E]. Without a cache causal over x; with one, over the cache under `mask`."""
+        queries, keys, values = (
+            proj(x).reshape(*x.shape[:2], -1, self.head_width)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = rotate(queries, angles), rotate(keys, angles)
+        if cache is None:
+            heard = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
+            return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
+        positions, cached_keys, cached_values = cache
+        rows = jnp.arange(x.shape[0])
+        keys = cached_keys.at[rows, positions].set(keys[:, 0])
+        values = cached_values.at[rows, positions].set(values[:, 0])
+        heard = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
+
+
+class MLP(eqx.Module):
+    """SwiGLU."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(eqx.Module):
+    input_layernorm: RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: RMSNorm
+    mlp: MLP
+
+    def __call__(self, x, angles, cache=None, mask=None):
+        heard, keys_values = self.self_attn(self.input_layernorm(x), angles, cache, mask)
+        x = x + heard
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+
+
+Cache = tuple[Float[Array, "N B C G K"], Float[Array, "N B C G K"]]  # keys (rotated), values
+
+
+class LlamaModel(eqx.Module):
+    embed_tokens: Embedding
+    layers: Layer  # arrays stacked on a leading axis [N, ...]
+    norm: RMSNorm
+
+
+class Llama(eqx.Module):
+    model: LlamaModel
+    lm_head: Linear | None  # None: tied to embed_tokens
+    config: LlamaConfig = eqx.field(static=True)
+
+    @property
+    def output_matrix(self) -> Float[Array, "V E"]:
+        return (self.lm_head or self.model.embed_tokens).weight
+
+    def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+        return self.model.embed_tokens.weight[ids]
+
+    def angles(self, positions: Int[Array, "B L"]) -> Float[Array, "B L half"]:
+        return positions[..., None] * jnp.asarray(self.config.frequencies(), jnp.float32)
+
+    def __call__(self, embeds: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """Hidden states after the last norm. Right-padded: what stands after a row's own length
+        changes nothing before it, since attention is causal."""
+        angles = self.angles(jnp.arange(embeds.shape[1])[None])
+
+        @jax.checkpoint
+        def layer(x, module):
+            return module(x, angles)[0], None
+
+        x, _ = jax.lax.scan(layer, embeds, self.model.layers)
+        return self.model.norm(x)
+
+    def prefill(
+        self, embeds: Float[Array, "B L E"], lengths: Int[Array, "B"], room: int
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """The hidden state at each row's last position, and a cache with `room` positions more."""
+        angles = self.angles(jnp.arange(embeds.shape[1])[None])
+        x, cache = jax.lax.scan(lambda x, m: m(x, angles), embeds, self.model.layers)
+        cache = jax.tree.map(
+            lambda kv: jnp.pad(kv, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache
+        )
+        last = x[jnp.arange(len(x)), lengths - 1]
+        return self.model.norm(last), cache
+
+    def step(
+        self, ids: Int[Array, "B"], positions: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """One token more, at each row's own position; it overwrites the padding there."""
+        angles = self.angles(positions[:, None])
+        seen = jnp.arange(cache[0].shape[2]) <= positions[:, None]
+
+        def layer(x, module_and_cache):
+            module, (keys, values) = module_and_cache
+            return module(x, angles, (positions, keys, values), seen[:, None, None])
+
+        x, cache = jax.lax.scan(layer, self.embed(ids[:, None]), (self.model.layers, cache))
+        return self.model.norm(x[:, 0]), cache
+
+    def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
+        """Next-token logits, in f32."""
+        matrix = self.output_matrix.astype(hidden.dtype)
+        return jnp.matmul(hidden, matrix.T, preferred_element_type=jnp.float32)
+
+    @staticmethod
+    def init(config: LlamaConfig, key: PRNGKeyArray) -> "Llama":
+        """Random weights (normal, 0.02)."""
+        c, n, width = config, config.num_hidden_layers, config.hidden_size
+        keys = iter(jax.random.split(key, 16))
+
+        def linear(n_out, n_in, lead=(n,)):
+            return Linear(0.02 * jax.random.normal(next(keys), (*lead, n_out, n_in)))
+
+        def norm(*lead):
+            return RMSNorm(jnp.ones((*lead, width)), c.rms_norm_eps)
+
+        wide, narrow = (h * c.head_width for h in (c.num_attention_heads, c.key_value_heads))
+        layers = Layer(
+            input_layernorm=norm(n),
+            self_attn=Attention(
+                q_proj=linear(wide, width),
+                k_proj=linear(narrow, width),
+                v_proj=linear(narrow, width),
+                o_proj=linear(width, wide),
+                head_width=c.head_width,
+            ),
+            post_attention_layernorm=norm(n),
+            mlp=MLP(
+                gate_proj=linear(c.intermediate_size, width),
+                up_proj=linear(c.intermediate_size, width),
+                down_proj=linear(width, c.intermediate_size),
+            ),
+        )
+        embed = Embedding(linear(c.vocab_size, width, lead=()).weight)
+        head = None if c.tie_word_embeddings else linear(c.vocab_size, width, lead=())
+        return Llama(LlamaModel(embed, layers, norm()), head, config)
+
+    @staticmethod
+    def load(
+        path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
+    ) -> "Llama":
+        """Load a published checkpoint; `place` gives the template's arrays their shardings."""
+        folder = weights.resolve(path)
+        config = weights.read_config(LlamaConfig, folder)
+        config.frequencies()  # an unknown rope type is refused before anything is read
+        template = weights.abstract(Llama.init, config, jax.random.key(0), dtype=dtype)
+        unused = {"lm_head.weight": "tied"} if config.tie_word_embeddings else {}
+        return weights.load(place(template), folder, unused=unused)
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat template
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """The model's own tokenizer and chat template.
+
+    DiVA needs the user's turn with a hole in it: `wrap` renders the template around a placeholder
+    and splits there. The two sides are tokenised without added specials, because the template
+    writes its own: a second BOS would be one that the LLM never saw in training.
+    """
+
+    tokenizer: Tokenizer
+    render: Callable[..., str]
+    stop_ids: tuple[int, ...]
+    folder: Path
+
+    @staticmethod
+    def load(path: str | Path) -> "Chat":
+        """Raises FileNotFoundError without tokenizer.json, ValueError without a chat template."""
+        folder = weights.resolve(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing; expected the fast tokenizer that is published with the model. "
+                "Download it into this folder."
+            )
+        settings = weights.read_json(folder / "tokenizer_config.json")
+        specials = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name.endswith("_token") and isinstance(value, dict | str)
+        }
+        template = _environment().from_string(_template_source(folder, settings))
+        render = functools.partial(template.render, add_generation_prompt=True, **specials)
+        stops = weights.read_json(folder / "config.json").get("eos_token_id")
+        if (folder / "generation_config.json").is_file():
+            generation = weights.read_json(folder / "generation_config.json")
+            stops = generation.get("eos_token_id", stops)
+        if stops is None:
+            raise ValueError(
+                f"{folder / 'config.json'}: no eos_token_id; expected the token (or list of them) "
+                "that ends an answer. Add it to generation_config.json."
+            )
+        stops = (stops,) if isinstance(stops, int) else tuple(stops)
+        return Chat(Tokenizer.from_file(str(file)), render, stops, folder)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def wrap(self, system: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the user's words, with BOS once and the assistant's header."""
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        text = self.render(messages=[*turns, {"role": "user", "content": PLACEHOLDER}])
+        if text.count(PLACEHOLDER) != 1 or (system is not None and system.strip() not in text):
+            raise ValueError(
+                f"{self.folder}: the chat template does not keep the "
+                f"{'system and user turns' if turns else 'user turn'} as given; expected a template "
+                "that writes each once. Use an instruct model with such turns, or no instruction."
+            )
+        before, after = text.split(PLACEHOLDER)
+        return self.encode(before), self.encode(after)
+
+
+PLACEHOLDER = "<<<speech>>>"
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The sandbox that chat templates are written for, as transformers sets it up."""
+
+    def raise_exception(message: str):
+        raise ValueError(f"the chat template refuses these turns: {message}")
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _template_source(folder: Path, settings: dict) -> str:
+    source = settings.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(source, list):  # several by name
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if not isinstance(source, str):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: no chat_template; expected that of an instruct "
+            "model. Use the -Instruct variant: DiVA speaks to the LLM as a user."
+        )
+    return source
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def choose(
+    logits: Float[Array, "B V"], temperature: float, top_p: float, key: PRNGKeyArray
+) -> Int[Array, "B"]:
+    """The next token: the likeliest at temperature 0, else drawn from the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, -1)
+    before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
+    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
+    rank = jax.random.categorical(key, ranked)
+    return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p")
+)
+def generate(
+    llm: Llama,
+    embeds: Float[Array, "B L E"],
+    lengths: Int[Array, "B"],
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: PRNGKeyArray | None = None,
+) -> Int[Array, "B new"]:
+    """Answer each right-padded row: prefill, then one compiled loop until all rows have stopped.
+
+    The first stop token of a row and all that would follow it are `stop_ids[0]`. A row's tokens do
+    not depend on the other rows or on its padding. Sampling (temperature > 0) needs a `key`.
+    """
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature {temperature} without a key; expected a jax.random.key.")
+    key = jax.random.key(0) if key is None else key
+    stops = jnp.asarray(stop_ids)
+
+    def pick(hidden, step):
+        return choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+
+    def body(state):
+        step, tokens, ids, stopped, cache = state
+        stopped |= (ids[:, None] == stops).any(-1)
+        tokens = tokens.at[:, step].set(jnp.where(stopped, stops[0], ids))
+        hidden, cache = llm.step(ids, lengths + step, cache)
+        return step + 1, tokens, pick(hidden, step + 1), stopped, cache
+
+    def going(state):
+        return (state[0] < max_new_tokens) & ~state[3].all()
+
+    hidden, cache = llm.prefill(embeds, lengths, room=max_new_tokens)
+    tokens = jnp.full((len(embeds), max_new_tokens), stops[0])
+    start = (0, tokens, pick(hidden, 0), jnp.zeros(len(embeds), bool), cache)
+    return jax.lax.while_loop(going, body, start)[1]
+
+
+def stream(
+    llm: Llama,
+    embeds: Float[Array, "1 L E"],
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: PRNGKeyArray | None = None,
+) -> Iterator[int]:
+    """The tokens of `generate` for one row, each as soon as it is known; ends before a stop token."""
+    key = jax.random.key(0) if key is None else key
+    length = jnp.asarray([embeds.shape[1]])
+    hidden, cache = _prefill(llm, embeds, length, max_new_tokens)
+    for step in range(max_new_tokens):
+        fold = jax.random.fold_in(key, step)
+        ids = _choose(llm, hidden, temperature, top_p, fold)
+        hidden, cache = _step(llm, ids, length + step, cache)  # dispatched before ids is read
+        token = int(ids[0])
+        if token in stop_ids:
+            return
+        yield token
+
+
+_prefill = jax.jit(Llama.prefill, static_argnames="room")
+_step = jax.jit(Llama.step, donate_argnames="cache")
+_choose = jax.jit(
+    lambda llm, hidden, temperature, top_p, key: choose(llm.logits(hidden), temperature, top_p, key),
+    static_argnames=("temperature", "top_p"),
+)
+
+
+def text_pieces(chat: "Chat", tokens: Iterator[int]) -> Iterator[str]:
+    """Decode a stream of tokens into pieces of text, never a broken character.
+
+    A token can end inside a character of several bytes, which decodes to U+FFFD until the rest has
+    come: such an ending is held back.
+    """
+    ids, shown = [], ""
+    for token in tokens:
+        ids.append(token)
+        text = chat.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield chat.decode(ids)[len(shown) :]
+
+
+def answer(
+    llm: Llama, chat: "Chat", question: str, system: str | None = None, max_new_tokens: int = 256
+) -> Iterator[str]:
+    """Stream the greedy answer to a question. Raises ValueError if it is longer than the context."""
+    prefix, suffix = chat.wrap(system)
+    ids = [*prefix, *chat.encode(question), *suffix]
+    most = llm.config.max_position_embeddings
+    if len(ids) + max_new_tokens > most:
+        raise ValueError(
+            f"the question has {len(ids)} tokens with its template; expected at most "
+            f"{most - max_new_tokens} ({most} positions less {max_new_tokens} for the answer). "
+            "Ask something shorter."
+        )
+    embeds = llm.embed(jnp.asarray([ids]))
+    tokens = stream(llm, embeds, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
+    return text_pieces(chat, tokens)
+
+
+def main(
+    question: Annotated[str, tyro.conf.Positional] = "what is the capital of france",
+    model: str = "toy/llama",
+    system: str | None = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """Ask a Llama a question.
+
+    Args:
+        question: what the user says.
+        model: folder or Hugging Face repo id.
+        system: instruction in the system turn.
+        max_new_tokens: the answer stops here at the latest.
+    """
+    chat = Chat.load(model)
+    for piece in answer(Llama.load(model), chat, question, system, max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,485 @@
+"""Whisper: sound to text. Log-mel spectrogram, encoder, decoder, greedy transcription.
+
+    audio [B, S] -> log_mel [B, F, M] -> Encoder [B, T, D] -> Decoder [B, L, D] -> logits [B, L, V]
+
+Axes: B batch, S audio samples (16 kHz), F mel frames (100 a second), M mel bins, T encoder positions
+(F / 2), L text tokens, D width (d_model), H heads, K head width, V vocabulary, N layers.
+
+The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
+connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
+
+Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
+Reads: weights.py.   Read next: llama.py.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from tokenizers import Tokenizer
+
+import weights
+
+SAMPLE_RATE = 16_000
+FFT_SIZE = 400  # samples of one analysis window: 25 ms
+HOP = 160  # samples from one mel frame to the next: 10 ms
+FRAMES_PER_POSITION = 2  # the second convolution has stride 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WhisperConfig:
+    """The sizes of a Whisper, under the names of the published config.json."""
+
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    decoder_layers: int
+    decoder_attention_heads: int
+    decoder_ffn_dim: int
+    num_mel_bins: int
+    max_source_positions: int
+    max_target_positions: int
+    vocab_size: int
+    decoder_start_token_id: int
+    eos_token_id: int
+    scale_embedding: bool = False
+    activation_function: str = "gelu"
+
+    def __post_init__(self):
+        if self.activation_function != "gelu":
+            raise ValueError(
+                f"config.json: activation_function is {self.activation_function!r}; expected 'gelu', "
+                "as in every published Whisper. Other activations are not implemented."
+            )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that the encoder takes: 480,000 (30 s) in the published models."""
+        return self.max_source_positions * FRAMES_PER_POSITION * HOP
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-mel spectrogram
+
+
+@functools.cache
+def mel_filters(num_mel_bins: int) -> np.ndarray:
+    """Triangular filters [201, M] on Slaney's mel scale: linear below 1 kHz, logarithmic above."""
+    step = math.log(6.4) / 27  # 27 mels from 1 kHz to 6.4 kHz; 15 mels to 1 kHz
+    top = 15 + math.log(SAMPLE_RATE / 2 / 1000) / step
+    mels = np.linspace(0, top, num_mel_bins + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (mels - 15)))
+    frequencies = np.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    return (triangles * 2 / (edges[2:] - edges[:-2])).astype(np.float32)  # equal area
+
+
+def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F M"]:
+    """Log-mel spectrogram of audio that is already padded to the window; F = S / 160.
+
+    As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of range
+    below each clip's loudest bin, then (x + 4) / 4.
+    """
+    padded = jnp.pad(audio.astype(jnp.float32), ((0, 0), (FFT_SIZE // 2,) * 2), mode="reflect")
+    frames = np.arange(audio.shape[1] // HOP)[:, None] * HOP + np.arange(FFT_SIZE)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT_SIZE) / FFT_SIZE)
+    spectrum = jnp.fft.rfft(padded[:, frames] * hann.astype(np.float32))
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
+    mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
+    log = jnp.log10(jnp.maximum(mel, 1e-10))
+    log = jnp.maximum(log, log.max(axis=(1, 2), keepdims=True) - 8.0)
+    return (log + 4.0) / 4.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Modules
+
+
+class Linear(eqx.Module):
+    """y = x W^T + b. The weight keeps its own dtype; the product runs in the dtype of x."""
+
+    weight: Float[Array, "*N out in"]
+    bias: Float[Array, "*N out"] | None
+
+    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        y = x @ self.weight.astype(x.dtype).T
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
+
+
+class LayerNorm(eqx.Module):
+    """Normalise to mean 0 and variance 1 over the last axis, in f32, then scale and shift."""
+
+    weight: Float[Array, "*N D"]
+    bias: Float[Array, "*N D"]
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return (normal * self.weight + self.bias).astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    """One row for each token or position."""
+
+    weight: Float[Array, "rows D"]
+
+
+class Conv(eqx.Module):
+    """Convolution over time, kernel 3, padding 1."""
+
+    weight: Float[Array, "out in 3"]
+    bias: Float[Array, "out"]
+    stride: int = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "B F in"]) -> Float[Array, "B T out"]:
+        kernel = self.weight.astype(x.dtype)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (self.stride,), [(1, 1)], dimension_numbers=("NWC", "OIW", "NWC")
+        )
+        return y + self.bias.astype(x.dtype)
+
+
+class Attention(eqx.Module):
+    """Multi-head attention; k_proj has no bias in any Whisper."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    out_proj: Linear
+    heads: int = eqx.field(static=True)
+
+    def split(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+    def keys_values(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+
+    def attend(
+        self,
+        x: Float[Array, "B L D"],
+        keys: Float[Array, "B T H K"],
+        values: Float[Array, "B T H K"],
+        causal: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """The queries of x over given keys and values; scores and softmax in f32."""
+        queries = self.split(self.q_proj(x))
+        heard = jax.nn.dot_product_attention(queries, keys, values, mask=mask, is_causal=causal)
+        return self.out_proj(heard.reshape(x.shape))
+
+    def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
+        return self.attend(x, *self.keys_values(x), causal=causal)
+
+
+class EncoderLayer(eqx.Module):
+    self_attn: Attention
+    self_attn_layer_norm: LayerNorm
+    fc1: Linear
+    fc2: Linear
+    final_layer_norm: LayerNorm
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class DecoderLayer(eqx.Module):
+    self_attn: Attention
+    self_attn_layer_norm: LayerNorm
+    encoder_attn: Attention
+    encoder_attn_layer_norm: LayerNorm
+    fc1: Linear
+    fc2: Linear
+    final_layer_norm: LayerNorm
+
+    def __call__(
+        self, x: Float[Array, "B L D"], states: Float[Array, "B T D"]
+    ) -> Float[Array, "B L D"]:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), causal=True)
+        return self.hear_and_think(x, *self.encoder_attn.keys_values(states))
+
+    def step(self, x, cache, position):
+        """One token [B, 1, D] at `position`, with this layer's cache; returns x and the cache."""
+        normal = self.self_attn_layer_norm(x)
+        new = self.self_attn.keys_values(normal)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 1)
+            for old, fresh in zip(cache["self"], new, strict=True)
+        )
+        seen = jnp.arange(keys.shape[1]) <= position
+        x = x + self.self_attn.attend(normal, keys, values, mask=seen[None, None, None])
+        x = self.hear_and_think(x, *cache["cross"])
+        return x, {"self": (keys, values), "cross": cache["cross"]}
+
+    def hear_and_think(self, x, keys, values):
+        x = x + self.encoder_attn.attend(self.encoder_attn_layer_norm(x), keys, values)
+        return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
+
+
+def gelu(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """The exact (erf) form: with the tanh form the published weights drift."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Encoder(eqx.Module):
+    """Mel frames -> one state for every 20 ms."""
+
+    conv1: Conv
+    conv2: Conv
+    embed_positions: Embedding
+    layers: EncoderLayer  # arrays stacked on a leading axis [N, ...]
+    layer_norm: LayerNorm
+
+    def __call__(self, mel: Float[Array, "B F M"]) -> Float[Array, "B T D"]:
+        """Raises ValueError if F is not the window that the positions were made for."""
+        positions = self.embed_positions.weight
+        expected = len(positions) * FRAMES_PER_POSITION
+        if mel.shape[1] != expected:
+            raise ValueError(
+                f"the encoder got {mel.shape[1]} mel frames; expected {expected} "
+                f"({expected / 100:g} s). Pad or cut the audio to the model's window first."
+            )
+        x = gelu(self.conv1(mel))
+        x = gelu(self.conv2(x)) + positions.astype(mel.dtype)
+        x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
+        return self.layer_norm(x)
+
+
+class Decoder(eqx.Module):
+    """Causal transformer over its inputs that cross-attends to the encoder's states."""
+
+    embed_tokens: Embedding
+    embed_positions: Embedding
+    layers: DecoderLayer  # arrays stacked on a leading axis [N, ...]
+    layer_norm: LayerNorm
+    scale_embedding: bool = eqx.field(static=True)
+
+    def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token embeddings, without positions."""
+        x = self.embed_tokens.weight[ids]
+        return x * math.sqrt(x.shape[-1]) if self.scale_embedding else x
+
+    def __call__(
+        self, inputs: Float[Array, "B L D"], states: Float[Array, "B T D"]
+    ) -> Float[Array, "B L D"]:
+        """Hidden states after the last norm, for inputs (tokens or queries) without positions."""
+        x = inputs + self.embed_positions.weight[: inputs.shape[1]].astype(inputs.dtype)
+        layer = jax.checkpoint(lambda x, layer: (layer(x, states), None))
+        x, _ = jax.lax.scan(layer, x, self.layers)
+        return self.layer_norm(x)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The output matrix is the embedding table."""
+        return hidden @ self.embed_tokens.weight.astype(hidden.dtype).T
+
+    def empty_cache(self, states: Float[Array, "B T D"], length: int):
+        """Cross-attention keys and values of every layer, and room for `length` tokens."""
+        cross = jax.vmap(lambda layer: layer.encoder_attn.keys_values(states))(self.layers)
+        keys = cross[0]
+        room = jnp.zeros((*keys.shape[:2], length, *keys.shape[3:]), keys.dtype)
+        return {"self": (room, room), "cross": cross}
+
+    def step(self, ids: Int[Array, "B"], cache, position: Int[Array, ""]):
+        """Logits [B, V] after one more token at `position`, and the cache with it."""
+        x = self.embed(ids[:, None])
+        x = x + self.embed_positions.weight[position].astype(x.dtype)
+
+        def layer(x, layer_and_cache):
+            module, cache = layer_and_cache
+            return module.step(x, cache, position)
+
+        x, cache = jax.lax.scan(layer, x, (self.layers, cache))
+        return self.logits(self.layer_norm(x[:, 0])), cache
+
+
+class Whisper(eqx.Module):
+    encoder: Encoder
+    decoder: Decoder
+    config: WhisperConfig = eqx.field(static=True)
+
+    @staticmethod
+    def init(config: WhisperConfig, key: PRNGKeyArray) -> "Whisper":
+        """Random weights (normal, 0.02) with Whisper's sinusoidal encoder positions."""
+        c, width = config, config.d_model
+        keys = iter(jax.random.split(key, 64))
+
+        def normal(*shape):
+            return 0.02 * jax.random.normal(next(keys), shape)
+
+        def linear(layers, n_in, n_out, bias=True):
+            zeros = jnp.zeros((layers, n_out)) if bias else None
+            return Linear(normal(layers, n_out, n_in), zeros)
+
+        def norm(*lead):
+            return LayerNorm(jnp.ones((*lead, width)), jnp.zeros((*lead, width)))
+
+        def attention(n, heads):
+            q, k, v, out = (linear(n, width, width, bias=name != "k") for name in "qkvo")
+            return Attention(q, k, v, out, heads)
+
+        def mlp(n, ffn):
+            return {"fc1": linear(n, width, ffn), "fc2": linear(n, ffn, width)}
+
+        n, m = c.encoder_layers, c.decoder_layers
+        encoder = Encoder(
+            conv1=Conv(normal(width, c.num_mel_bins, 3), jnp.zeros(width), stride=1),
+            conv2=Conv(normal(width, width, 3), jnp.zeros(width), stride=2),
+            embed_positions=Embedding(jnp.asarray(sinusoids(c.max_source_positions, width))),
+            layers=EncoderLayer(
+                self_attn=attention(n, c.encoder_attention_heads),
+                self_attn_layer_norm=norm(n),
+                **mlp(n, c.encoder_ffn_dim),
+                final_layer_norm=norm(n),
+            ),
+            layer_norm=norm(),
+        )
+        decoder = Decoder(
+            embed_tokens=Embedding(normal(c.vocab_size, width)),
+            embed_positions=Embedding(normal(c.max_target_positions, width)),
+            layers=DecoderLayer(
+                self_attn=attention(m, c.decoder_attention_heads),
+                self_attn_layer_norm=norm(m),
+                encoder_attn=attention(m, c.decoder_attention_heads),
+                encoder_attn_layer_norm=norm(m),
+                **mlp(m, c.decoder_ffn_dim),
+                final_layer_norm=norm(m),
+            ),
+            layer_norm=norm(),
+            scale_embedding=c.scale_embedding,
+        )
+        return Whisper(encoder, decoder, config)
+
+    @staticmethod
+    def load(
+        path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
+    ) -> "Whisper":
+        """Load a published checkpoint; `place` gives the template's arrays their shardings."""
+        folder = weights.resolve(path)
+        config = weights.read_config(WhisperConfig, folder)
+        template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
+        unused = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
+        return weights.load(place(template), folder, prefix="model.", unused=unused)
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+    """Encoder positions [T, D]: sines in the first half of the width, cosines in the second."""
+    scale = np.exp(-math.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
+    angle = np.arange(length)[:, None] * scale
+    return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Greedy transcription
+
+
+@functools.partial(jax.jit, static_argnames=("forced", "suppress", "begin_suppress", "max_length"))
+def greedy(
+    model: Whisper,
+    audio: Float[Array, "B S"],
+    *,
+    forced: tuple[int, ...],
+    suppress: tuple[int, ...],
+    begin_suppress: tuple[int, ...],
+    max_length: int,
+) -> Int[Array, "B L"]:
+    """Token ids [B, max_length] that begin with `forced` and are filled up with the end token.
+
+    One compiled loop with a cache, until every clip has ended. `suppress` tokens are never chosen,
+    `begin_suppress` ones (an empty transcript) not as the first free token.
+    """
+    end = model.config.eos_token_id
+    vocabulary = np.arange(model.config.vocab_size)
+    banned = np.where(np.isin(vocabulary, suppress), -np.inf, 0.0)
+    banned_first = np.where(np.isin(vocabulary, begin_suppress), -np.inf, banned)
+    banned, banned_first = jnp.asarray(banned, jnp.float32), jnp.asarray(banned_first, jnp.float32)
+    mel = log_mel(audio, model.config.num_mel_bins).astype(model.encoder.conv1.weight.dtype)
+    states = model.encoder(mel)
+
+    def body(state):
+        position, tokens, done, cache = state
+        logits, cache = model.decoder.step(tokens[:, position], cache, position)
+        first = position + 1 == len(forced)
+        chosen = (logits.astype(jnp.float32) + jnp.where(first, banned_first, banned)).argmax(-1)
+        chosen = jnp.where(done, end, chosen)
+        chosen = jnp.where(position + 1 < len(forced), tokens[:, position + 1], chosen)
+        done = done | ((position + 1 >= len(forced)) & (chosen == end))
+        return position + 1, tokens.at[:, position + 1].set(chosen), done, cache
+
+    def going(state):
+        return (state[0] < max_length - 1) & ~state[2].all()
+
+    start = jnp.full((len(audio), max_length), end).at[:, : len(forced)].set(jnp.asarray(forced))
+    cache = model.decoder.empty_cache(states, max_length)
+    done = jnp.zeros(len(audio), bool)
+    return jax.lax.while_loop(going, body, (jnp.asarray(0), start, done, cache))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcriber:
+    """A Whisper with its tokenizer and the rules of its generation_config.json."""
+
+    model: Whisper
+    tokenizer: Tokenizer
+    forced: tuple[int, ...]
+    suppress: tuple[int, ...]
+    begin_suppress: tuple[int, ...]
+    max_length: int
+
+    @staticmethod
+    def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
+        """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
+        folder = weights.resolve(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing; expected the fast tokenizer that is published with the model. "
+                "Download it into this folder."
+            )
+        model, rules = Whisper.load(folder, dtype), {}
+        if (folder / "generation_config.json").is_file():
+            rules = weights.read_json(folder / "generation_config.json")
+        forced = [rules.get("decoder_start_token_id", model.config.decoder_start_token_id)]
+        if "lang_to_id" in rules:  # multilingual: the language and the task come first
+            if f"<|{language}|>" not in rules["lang_to_id"]:
+                raise ValueError(
+                    f"{folder / 'generation_config.json'}: no language {language!r}; expected one of "
+                    f"{', '.join(sorted(k.strip('<|>') for k in rules['lang_to_id']))}."
+                )
+            forced += [rules["lang_to_id"][f"<|{language}|>"], rules["task_to_id"]["transcribe"]]
+        if "no_timestamps_token_id" in rules:
+            forced.append(rules["no_timestamps_token_id"])
+        return Transcriber(
+            model,
+            Tokenizer.from_file(str(file)),
+            tuple(forced),
+            tuple(rules.get("suppress_tokens") or ()),
+            tuple(rules.get("begin_suppress_tokens") or ()),
+            min(rules.get("max_length", 448), model.config.max_target_positions),
+        )
+
+    def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
+        """Transcripts of audio that is padded to the model's window."""
+        tokens = greedy(
+            self.model,
+            audio,
+            forced=self.forced,
+            suppress=self.suppress,
+            begin_suppress=self.begin_suppress,
+            max_length=self.max_length,
+        )
+        rows = np.asarray(tokens)[:, len(self.forced) :].tolist()
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
