@@ -1,0 +1,660 @@
+"""train.py: the step is right, sharded or not; runs survive interruption; errors say what to do.
+
+All tests share one tiny universe in the published layouts, and one recipe, so that the step
+compiles once for the whole file. Axes: B batch, L text tokens, E LLM width.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import soundfile
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import connector
+import data
+import distill_loss
+import llama
+import train
+import weights
+import whisper
+
+STEPS, UNTIL = 30, 14
+WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
+SPECIAL = ["<unk>", "<|bos|>", "<|start|>", "<|end|>", "<|eot|>"]
+TEMPLATE = (
+    "<|bos|>{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{{ m['content'] }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+)
+WHISPER = dict(
+    d_model=16,
+    encoder_layers=2,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    decoder_layers=2,
+    decoder_attention_heads=2,
+    decoder_ffn_dim=32,
+    num_mel_bins=8,
+    max_source_positions=25,
+    max_target_positions=8,
+    vocab_size=24,
+    decoder_start_token_id=1,
+    eos_token_id=2,
+)
+LLAMA = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=24,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+    rope_theta=10000.0,
+    rope_scaling={  # a mapping, and below a list: neither is hashable as it stands
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=[4, 2],
+)
+
+
+def write_json(file: Path, value: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def write_tokenizer(folder: Path) -> None:
+    vocabulary = [*SPECIAL, "user", "assistant", "system", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"chat_template": TEMPLATE, "bos_token": "<|bos|>", "eos_token": "<|eot|>"},
+    )
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """A Common Voice folder of short random tones, each with one to four words."""
+    rng = np.random.default_rng(0)
+    (folder / "clips").mkdir(parents=True)
+    rows = ["client_id\tpath\tsentence\taccents"]
+    for i in range(count):
+        length = int(rng.integers(4000, 8000))
+        tone = np.sin(np.arange(length) * rng.uniform(0.05, 1.5)) * rng.uniform(0.1, 0.5)
+        soundfile.write(folder / "clips" / f"{i}.wav", tone, 16000)
+        words = " ".join(rng.choice(WORDS, rng.integers(1, 5)))
+        rows.append(f"v{i % 3}\t{i}.wav\t{words}\tUnited States English")
+    (folder / "train.tsv").write_text("\n".join(rows) + "\n")
+
+
+def random_weights(init, config) -> object:
+    """Arrays of a model's shapes, at scales that let losses depend on sound and words."""
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        return rng.normal(center, 0.2, leaf.shape).astype(np.float32)
+
+    template = weights.abstract(init, config, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, template)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Iterator[Path]:
+    """The universe: whisper/, llama/ and cv/ in the published layouts, with random weights."""
+    root = tmp_path_factory.mktemp("universe")
+    write_json(root / "whisper/config.json", WHISPER)
+    write_json(root / "llama/config.json", LLAMA)
+    sizes = weights.read_config(whisper.WhisperConfig, root / "whisper")
+    weights.save(random_weights(whisper.Whisper.init, sizes), root / "whisper", prefix="model.")
+    sizes = weights.read_config(llama.LlamaConfig, root / "llama")
+    weights.save(random_weights(llama.Llama.init, sizes), root / "llama")
+    write_tokenizer(root / "llama")
+    write_tokenizer(root / "whisper")
+    write_clips(root / "cv", 8)
+    train.SMALL = 64  # so that arrays of this size are split over devices at all
+    # Compile fast, run slowly; and let the process that one test starts find the compiled step.
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(root / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()
+    yield root
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def in_root(root, monkeypatch) -> None:
+    monkeypatch.chdir(root)
+
+
+def config_of(root: Path, out: Path | str, **changes) -> train.Config:
+    defaults = dict(
+        whisper=str(root / "whisper"),
+        llm=str(root / "llama"),
+        data="cv",  # relative: a test that spoils clips changes the folder, not the recipe
+        steps=STEPS,
+        batch_size=8,
+        learning_rate=1e-2,
+        warmup=0.1,
+        dtype="float32",
+        out=str(out),
+        fsdp=4,
+        save_every=10,
+    )
+    return train.Config(**defaults | changes)
+
+
+def clone_data(root: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of the clips that a test may spoil; the working directory is where it lies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cv/clips").mkdir(parents=True)
+    for file in (root / "cv").rglob("*.*"):
+        (tmp_path / "cv" / file.relative_to(root / "cv")).write_bytes(file.read_bytes())
+    return tmp_path / "cv"
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class Started:
+    """A run that stands before its first step, for tests that take the steps themselves."""
+
+    def __init__(self, config: train.Config, devices=None):
+        self.config, self.recipe = config, train.recipe_of(config)
+        self.mesh = train.make_mesh(config.batch_size, config.fsdp, devices)
+        chat = llama.Chat.load(config.llm)
+        turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
+        self.params, self.opt_state, self.frozen = train.start_state(config, self.mesh, turn)
+        corpus = train.load_corpus(config, chat, 8000, 8)
+        self.batches = data.batches(corpus, batch_size=config.batch_size, seed=0)
+
+    def step(self, number: int) -> dict:
+        batch = train.to_devices(next(self.batches), self.mesh)
+        self.params, self.opt_state, metrics = train.train_step(
+            self.params,
+            self.opt_state,
+            self.frozen,
+            batch,
+            np.int32(number),
+            recipe=self.recipe,
+            mesh=self.mesh,
+        )
+        return jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory) -> Path:
+    """The folder of a whole, undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train.run(config_of(root, out))
+    return out
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def test_presets_are_the_published_recipe():
+    """4,300 steps of 512, 1 % warm-up, AdamW with decay 0.1, clip 1, peak 5e-5 (8B) or 5e-4."""
+    models = {
+        "diva-1b": ("meta-llama/Llama-3.2-1B-Instruct", 5e-4),
+        "diva-3b": ("meta-llama/Llama-3.2-3B-Instruct", 5e-4),
+        "diva-8b": ("meta-llama/Llama-3.1-8B-Instruct", 5e-5),
+    }
+    for name, (llm, rate) in models.items():
+        config = train.parse(["--preset", name])
+        assert (config.llm, config.learning_rate) == (llm, rate)
+        assert (config.whisper, config.queries) == ("openai/whisper-large-v3", None)
+        assert (config.steps, config.batch_size, config.warmup) == (4300, 512, 0.01)
+        assert (config.weight_decay, config.clip) == (0.1, 1.0)
+        assert (config.align_weight, config.response_weight) == (1.0, 1.0)
+        assert config.response_loss == "l2" and config.out == f"runs/{name}"
+    assert train.parse([]).preset == "toy" and train.parse([]).out == "runs/toy"
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    """`--help` lists each field of Config, and each has a sentence of its own."""
+    with pytest.raises(SystemExit, match="0"):
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(train.Config):
+        flag = "--" + field.name.replace("_", "-") + " "
+        assert flag in text, f"{flag} is not a flag"
+        assert not text.split(flag)[1].split(" (")[0].endswith("}"), f"{flag} has no help"
+
+
+def test_the_resume_command_gives_the_same_configuration():
+    """What is printed after SIGTERM parses to the run that was stopped, without its --until."""
+    config = train.parse(
+        ["--preset", "diva-1b", "--data", "my clips", "--steps", "7", "--until", "3", "--seed", "2"]
+    )
+    again = train.parse(shlex.split(train.command(config))[2:])
+    assert again == dataclasses.replace(config, until=None)
+
+
+def test_unknown_preset_and_flag_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "diva-70b"])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    error = capsys.readouterr().err
+    assert "diva-70b" in error and "diva-8b" in error and "Traceback" not in error
+    with pytest.raises(SystemExit, match="2"):
+        train.parse(["--batchsize", "8"])
+    assert "--batchsize" in capsys.readouterr().err
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    recipe = train.Recipe(steps=1000, learning_rate=2.0, warmup=0.01)
+    rate = [float(train.learning_rate(recipe, step)) for step in range(1001)]
+    np.testing.assert_allclose(rate[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    assert rate[10] == 2.0 and abs(rate[505] - 1.0) < 1e-6 and rate[1000] < 1e-6
+    assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
+
+
+# -------------------------------------------------------------------------------- where arrays live
+
+
+def test_sharding_rules(monkeypatch):
+    """Large arrays: split along the largest dividing axis, never along layers; small: copied."""
+    monkeypatch.setattr(train, "SMALL", 2**14)
+    mesh = train.make_mesh(8, fsdp=4)
+
+    class Layers(eqx.Module):
+        wide: jax.ShapeDtypeStruct
+        odd: jax.ShapeDtypeStruct
+        norm: jax.ShapeDtypeStruct
+
+    class Model(eqx.Module):
+        layers: Layers
+        table: jax.ShapeDtypeStruct
+        scale: jax.ShapeDtypeStruct
+
+    def shape(*s):
+        return jax.ShapeDtypeStruct(s, jnp.float32)
+
+    layers = Layers(shape(1024, 64, 512), shape(32, 513, 128), shape(4096, 128))
+    specs = jax.tree.map(
+        lambda s: s.spec, train.shardings(Model(layers, shape(1001, 400), shape()), mesh)
+    )
+    assert specs.layers.wide == P(None, None, "fsdp")
+    assert specs.layers.odd == P(None, None, "fsdp")
+    assert specs.layers.norm == specs.scale == P()
+    assert specs.table == P(None, "fsdp")
+
+
+def test_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(ValueError, match=r"--batch-size 12.*8 devices.*multiple of 8, such as 16"):
+        train.make_mesh(12)
+    with pytest.raises(ValueError, match=r"--fsdp 3.*divisor of the 8 devices"):
+        train.make_mesh(8, fsdp=3)
+
+
+def test_eight_devices_give_what_one_gives(root, tmp_path):
+    """Same losses and gradient norms over steps, same weights, up to f32 reduction order."""
+    config = config_of(root, tmp_path)
+    many = Started(config)
+    one = Started(dataclasses.replace(config, fsdp=1), jax.devices()[:1])
+    split = [x for x in jax.tree.leaves(many.params) if not x.sharding.is_fully_replicated]
+    assert len(split) > 10, "nothing is sharded: this test would compare a thing with itself"
+    for step in range(3):
+        a, b = many.step(step), one.step(step)
+        for name in ("loss", "alignment", "response", "grad_norm", "lr"):
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=f"{name}, step {step}")
+    for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
+        # Adam divides by the gradient's own size: noise in a tiny gradient is a share of lr = 1e-2.
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+# ----------------------------------------------------------------------------------------- the step
+
+
+def test_frozen_stays_and_every_trained_leaf_moves(root, tmp_path):
+    """After 3 steps encoder and LLM are bit-identical, and no trained array is what it was."""
+    run = Started(config_of(root, tmp_path))
+    frozen, params = jax.device_get((run.frozen, run.params))
+    for step in range(3):
+        run.step(step)
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(frozen), jax.tree.leaves(run.frozen), strict=True
+    ):
+        np.testing.assert_array_equal(before, after, err_msg=jax.tree_util.keystr(path))
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(run.params), strict=True
+    ):
+        assert np.abs(before - after).max() > 0, jax.tree_util.keystr(path)
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert not [name for name in names if "encoder.conv" in name or "llm" in name], names
+    assert not [name for name in names if "embed_tokens" in name], (
+        "decay would eat the unused table"
+    )
+
+
+def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
+    """For every transcript length: the LLM's state at the last token of prefix + text + suffix."""
+    run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
+    llm, prefix, suffix = run.frozen.diva.llm, *run.frozen[1:3]
+    ids = np.arange(8, 14, dtype=np.int32)
+    lengths = np.arange(1, 7, dtype=np.int32)
+    padded = np.where(np.arange(6) < lengths[:, None], ids, 0).astype(np.int32)
+    states = jax.jit(train.teacher_state)(
+        llm, jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix
+    )
+    prompts = [np.concatenate([prefix, ids[:n], suffix]) for n in lengths]
+    filler = 13  # another word, as padding: it must not matter
+    rows = np.stack([np.pad(p, (0, 40 - len(p)), constant_values=filler) for p in prompts])
+    hidden = jax.jit(lambda llm, rows: llm(llm.embed(rows)))(llm, jnp.asarray(rows))
+    expected = np.stack([hidden[i, len(p) - 1] for i, p in enumerate(prompts)])
+    assert np.abs(np.diff(expected, axis=0)).max() > 0.01
+    np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_gets_no_gradient(root, tmp_path):
+    """Not even where the LLM's weights are asked for theirs."""
+    run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
+    ids, lengths = jnp.ones((2, 3), jnp.int32), jnp.array([1, 3], jnp.int32)
+
+    def total(llm):
+        return train.teacher_state(llm, ids, lengths, *run.frozen[1:3]).sum()
+
+    grads = jax.jit(jax.grad(total))(run.frozen.diva.llm)
+    assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("losses", ["both", "response alone"])
+def test_gradient_reaches_every_query_and_trained_array(root, tmp_path, losses):
+    """The first query token included: seen in Adam's first moment after one step."""
+    run = Started(config_of(root, tmp_path))
+    if losses == "response alone":  # without words there is nothing to align
+        run.batches = ({**batch, "lengths": 0 * batch["lengths"]} for batch in run.batches)
+    metrics = run.step(0)
+    assert (metrics["alignment"] == 0) == (losses == "response alone")
+    assert metrics["loss"] == metrics["alignment"] + metrics["response"]
+    moment = optax.tree.get(run.opt_state, "mu")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moment):
+        assert np.abs(leaf).max() > 0, f"none for {jax.tree_util.keystr(path)}"
+    assert (np.abs(moment.connector.query_tokens).max(axis=1) > 0).all()
+
+
+def test_response_loss_chooses_the_distance():
+    """l2, gram and kl each give what distill_loss gives; an undecoded clip counts in none."""
+    rng = np.random.default_rng(0)
+    student, teacher, matrix = (
+        rng.normal(size=s).astype(np.float32) for s in [(4, 6)] * 2 + [(9, 6)]
+    )
+    weight = jnp.array([1.0, 1.0, 1.0, 0.0])
+    diva = types.SimpleNamespace(llm=types.SimpleNamespace(output_matrix=jnp.asarray(matrix)))
+    gram = distill_loss.gram_matrix(jnp.asarray(matrix))
+    frozen = train.Frozen(diva, None, None, gram)
+    d = (student - teacher)[:3].astype(np.float64)
+    centred = matrix - matrix.mean(0)
+    p, q = (np.exp(x[:3] @ matrix.T) for x in (teacher, student))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    expected = {
+        "l2": np.linalg.norm(d, axis=1).mean(),
+        "gram": np.linalg.norm(d @ centred.T, axis=1).mean(),
+        "kl": (p * np.log(p / q)).sum(1).mean(),
+    }
+    for kind, value in expected.items():
+        found = train.response_distance(
+            jnp.asarray(student), jnp.asarray(teacher), weight, frozen, kind
+        )
+        np.testing.assert_allclose(found, value, rtol=1e-4, err_msg=kind)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def test_losses_fall_and_the_folder_is_complete(root, finished):
+    """Both losses fall on a set small enough to learn; everything promised lies in the folder."""
+    rows = rows_of(finished)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    names = {"loss", "alignment", "response", "grad_norm", "lr", "undecodable", "data_wait"}
+    assert names <= rows[0].keys()
+    for name in ("alignment", "response"):
+        first, last = (np.mean([row[name] for row in part]) for part in (rows[:4], rows[-4:]))
+        assert last < 0.8 * first, f"{name}: {first:.4g} -> {last:.4g}"
+    assert (finished / "loss.png").stat().st_size > 10_000
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [20, 30]
+    written = json.loads((finished / "config.json").read_text())
+    assert written["reference_decoder"].endswith("llama")
+
+
+def test_the_export_is_the_trained_student(root, finished):
+    """Loading the folder gives the connector of the last checkpoint, bit for bit."""
+    config = config_of(root, finished)
+    run = Started(config)
+    manager = train.open_checkpoints(config)
+    params, _ = train.restore(manager, STEPS, run.params, run.opt_state)
+    manager.close()
+    trained = eqx.combine(params, run.frozen.diva).connector
+    loaded = connector.DiVA.load(finished).connector
+    loaded, trained, untrained = jax.device_get((loaded, trained, run.params.connector))
+    assert np.abs(loaded.query_tokens - untrained.query_tokens).max() > 0.001
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(root, finished, tmp_path, capsys):
+    """Stop on the way and start again: same losses, same weights, and no second compilation."""
+    out = tmp_path / "parts"
+    compiled = train.train_step._cache_size()
+    train.run(config_of(root, out, until=UNTIL))
+    assert len(rows_of(out)) == UNTIL and not (out / "model.safetensors").exists()
+    assert "--out" in capsys.readouterr().out
+    with (out / "metrics.jsonl").open("a") as stream:  # as after a power cut: lines beyond the save
+        stream.write('{"step": 14, "loss": 1}\n{"step": 15, "lo')
+    train.run(config_of(root, out, save_every=7, log_every=3))  # neither changes the result
+    assert f"resuming {out} at step {UNTIL}" in capsys.readouterr().out
+    whole, parts = rows_of(finished), rows_of(out)
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
+    a, b = ((f / "model.safetensors").read_bytes() for f in (out, finished))
+    assert a == b
+    assert train.train_step._cache_size() == compiled, "the step was compiled again"
+
+
+def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path):
+    """A preempted process exits 0 with a checkpoint; going on ends at the same weights."""
+    out = tmp_path / "preempted"
+    # A pause before each batch: SIGTERM arrives in the middle of the run on any machine.
+    code = (
+        "import time, data, train; train.SMALL = 64; plain = data.batches\n"
+        "def slow(*args, **kwargs):\n"
+        "    for batch in plain(*args, **kwargs):\n"
+        "        time.sleep(0.1); yield batch\n"
+        "data.batches = slow; train.main()"
+    )
+    flags = shlex.split(train.command(config_of(root, out)))[2:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or len(rows_of(out)) < 3:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    steps = len(rows_of(out))
+    assert 3 <= steps < STEPS and f"stopped at step {steps} of {STEPS} (SIGTERM)" in output
+    printed = output.strip().splitlines()[-1]
+    assert printed.strip() == train.command(config_of(root, out))
+    train.run(train.parse(shlex.split(printed)[2:]))
+    a, b = ((f / "model.safetensors").read_bytes() for f in (out, finished))
+    assert a == b
+
+
+def test_a_finished_run_is_not_run_again(root, finished, monkeypatch, capsys):
+    """Started again it says so and only evaluates, once, if there are tasks."""
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
+    asked = []
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args, **_: asked.append(args))
+    train.run(config_of(root, finished))
+    assert "is finished (30 steps)" in capsys.readouterr().out and not asked
+    train.run(config_of(root, finished, tasks="some/tasks"))
+    assert [Path(x) for x in asked[0][:2]] == [finished, Path("some/tasks")]
+
+
+# ----------------------------------------------------------------------------- when things go wrong
+
+
+def test_another_configuration_is_refused(root, finished, tmp_path):
+    """Only what decides the weights is compared, and every difference is named."""
+    with pytest.raises(ValueError) as error:
+        train.run(config_of(root, finished, seed=3, learning_rate=1.0))
+    message = str(error.value)
+    assert "seed was 0, now 3" in message and "learning_rate was 0.01, now 1.0" in message
+    assert "--out" in message and str(finished) in message
+
+
+def test_other_clips_are_refused(root, tmp_path, monkeypatch):
+    folder = clone_data(root, tmp_path, monkeypatch)
+    train.run(config_of(root, tmp_path / "out", until=1))
+    table = folder / "train.tsv"
+    table.write_text(table.read_text().replace("one", "two"))
+    with pytest.raises(ValueError, match=r"clips\.json.*another run.*crc32 was"):
+        train.run(config_of(root, tmp_path / "out"))
+
+
+def test_not_finite_stops_with_step_and_part(root, tmp_path, monkeypatch):
+    """The message names both; the last good checkpoint stays, and the run can go on from it."""
+    plain = data.batches
+
+    def poisoned(*args, start_step=0, **kwargs):
+        for step, batch in enumerate(plain(*args, start_step=start_step, **kwargs), start_step):
+            if step == 12:
+                batch = batch | {"audio": np.full_like(batch["audio"], np.nan)}
+            yield batch
+
+    monkeypatch.setattr(data, "batches", poisoned)
+    config = config_of(root, tmp_path / "out")
+    with pytest.raises(FloatingPointError, match=r"step 12: the audio is not finite.*last good"):
+        train.run(config)
+    assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["10"]
+    assert len(rows_of(tmp_path / "out")) == 12
+    monkeypatch.setattr(data, "batches", plain)
+    train.run(dataclasses.replace(config, until=13))
+    assert all(np.isfinite(row["loss"]) for row in rows_of(tmp_path / "out"))
+
+
+def test_not_finite_at_a_saving_step_is_not_saved(root, tmp_path, monkeypatch):
+    """Step 9 goes wrong and step 10 would be saved: the state behind it never reaches the disk."""
+    plain = data.batches
+
+    def poisoned(*args, **kwargs):
+        for step, batch in enumerate(plain(*args, **kwargs)):
+            yield batch | ({"audio": np.full_like(batch["audio"], np.inf)} if step == 9 else {})
+
+    monkeypatch.setattr(data, "batches", poisoned)
+    with pytest.raises(FloatingPointError, match="step 9: the audio"):
+        train.run(config_of(root, tmp_path / "out"))
+    assert not list((tmp_path / "out/checkpoints").iterdir())
+
+
+def test_a_corrupt_clip_among_good_ones(root, tmp_path, monkeypatch, caplog, capfd):
+    """The run goes on; the clip has weight 0, is named once, and is counted."""
+    folder = clone_data(root, tmp_path, monkeypatch)
+    (folder / "clips/5.wav").write_bytes(b"RIFF, but not really")
+    with caplog.at_level("WARNING"):
+        train.run(config_of(root, tmp_path / "out", until=9))
+    captured = capfd.readouterr()
+    text = caplog.text + captured.out + captured.err
+    assert text.count("clips/5.wav: not audio") == 1, text
+    assert sum(row["undecodable"] for row in rows_of(tmp_path / "out")) == 9
+    assert all(np.isfinite(row["loss"]) for row in rows_of(tmp_path / "out"))
+
+
+def test_too_many_corrupt_clips_stop_the_run(root, tmp_path, monkeypatch):
+    folder = clone_data(root, tmp_path, monkeypatch)
+    (folder / "clips/5.wav").write_bytes(b"RIFF, but not really")
+    config = config_of(root, tmp_path / "out", max_undecodable=0.001)
+    with pytest.raises(ValueError, match=r"2 of the first \d+ clips could not be decoded.*0.001"):
+        train.run(config)
+
+
+def test_an_empty_set_is_refused(root, tmp_path, monkeypatch):
+    folder = clone_data(root, tmp_path, monkeypatch)
+    header = (folder / "train.tsv").read_text().splitlines()[0]
+    (folder / "train.tsv").write_text(header + "\n")
+    with pytest.raises(ValueError, match=r"cv.*no "):
+        train.run(config_of(root, tmp_path / "out"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_message(root, tmp_path, capsys, monkeypatch):
+    """A place where even root cannot write (below a file): a message and exit code 1."""
+    (tmp_path / "file").write_text("")
+    config = config_of(root, tmp_path / "file" / "out")
+    monkeypatch.setattr(sys, "argv", shlex.split(train.command(config))[1:])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "file/out: could not be written" in error
+    assert "--out" in error and "Traceback" not in error
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(root, tmp_path):
+    """The message says what could not be written; the checkpoint before is whole and goes on."""
+    config = config_of(root, tmp_path / "out", until=10)
+    train.run(config)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, old[1]))  # no file may grow beyond 8 kB
+    try:
+        with pytest.raises(OSError, match=r"checkpoints.*could not be written.*Older checkpoints"):
+            train.run(dataclasses.replace(config, until=12))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    train.run(dataclasses.replace(config, until=11))
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["10", "11"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(root, tmp_path):
+    run = Started(config_of(root, tmp_path))
+    manager = train.open_checkpoints(config_of(root, tmp_path))
+    other = jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), run.params)
+    train.save(manager, 4, other, run.opt_state)
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match=r"checkpoints/4: not the state of this model"):
+        train.restore(manager, 4, run.params, run.opt_state)
+    manager.close()

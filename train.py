@@ -1,0 +1,730 @@
+"""Train: distil the text LLM into the connector, from (audio, transcript) pairs alone.
+
+    audio -> log-mel -> encoder -> CONNECTOR -> virtual tokens -> [prefix; virtual; suffix] -> LLM
+                        frozen     trained            :                                         :
+                                               token alignment              response distillation
+                                                      :                                         :
+    transcript --------------------------> token embeddings --> [prefix; text; suffix] ------> LLM
+
+One chapter, read from the top: what a run is made of (Recipe, Config, presets), where arrays live
+(mesh, sharding rules), the loss and the step, the log, the checkpoints, the loop, the end.
+
+    python train.py                                  # the toy universe, minutes on a laptop
+    python train.py --preset diva-8b --data cv/en    # the published run
+    python train.py --help                           # every field of Config is a flag
+
+A run that was interrupted (Ctrl-C, SIGTERM, power cut) goes on when the same command is started
+again, and ends with the same weights, bit for bit, as if nothing had happened.
+
+Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
+Reads: connector.py, distill_loss.py, data.py.   Read next: eval.py.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import shlex
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+import connector
+import data
+import distill_loss
+import eval as evaluation
+import llama
+import weights
+import whisper
+
+matplotlib.use("Agg")
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it also raises
+
+# ---------------------------------------------------------------------------- what a run is made of
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights that come out: two runs with equal recipes end bit-identical."""
+
+    whisper: str = "toy/whisper"
+    """Speech model: a folder or a Hugging Face repo id."""
+    llm: str = "toy/llama"
+    """Text model, teacher and student alike: a folder or a Hugging Face repo id."""
+    data: str = "toy/common_voice/en"
+    """Clips: a Common Voice folder, a LibriSpeech folder or a JSONL manifest."""
+    split: str = "train"
+    """Which split of it to train on."""
+    queries: int | None = None
+    """Virtual tokens per clip; None: as many as the Whisper decoder has positions."""
+    steps: int = 2000
+    """Optimizer steps of the whole run; warm-up and cosine span them."""
+    batch_size: int = 32
+    """Clips per step, over all devices."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup: float = 0.01
+    """Share of the steps in which the learning rate rises linearly."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on every trained array."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+    align_weight: float = 1.0
+    """Weight of the token alignment loss."""
+    response_weight: float = 1.0
+    """Weight of the response distillation loss."""
+    response_loss: Literal["l2", "gram", "kl"] = "l2"
+    """Distance of the response states: l2 (the paper), gram (a tighter bound of KL), kl (exact)."""
+    seed: int = 0
+    """Decides the initial queries and the order of the clips."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
+    and optimizer are float32 always."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Recipe):
+    """A run: its recipe, and what may differ when it is resumed."""
+
+    preset: Literal["toy", "diva-1b", "diva-3b", "diva-8b"] = "toy"
+    """Where the defaults of all other flags come from."""
+    out: str | None = None
+    """Folder of the run; None: runs/PRESET."""
+    tasks: str | None = None
+    """Folder of the tasks that the finished student is evaluated on; None: no evaluation."""
+    until: int | None = None
+    """Save and stop after this step; the same command without it goes on."""
+    fsdp: int | None = None
+    """Devices over which one copy of each large array is split; None: all."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many checkpoints to keep."""
+    log_every: int = 20
+    """Steps between lines on the console; metrics.jsonl holds every step."""
+    max_undecodable: float = 0.01
+    """Stop when a larger share of the clips cannot be decoded (after the first 1,000)."""
+
+
+_PUBLISHED = Config(  # paper.md section 2: Common Voice 17 English, 4,300 steps of 512 = two epochs
+    whisper="openai/whisper-large-v3",
+    data="cv-corpus-17.0-2024-03-15/en",
+    steps=4300,
+    batch_size=512,
+    save_every=100,
+    log_every=10,
+)
+_SMALL = dataclasses.replace(_PUBLISHED, learning_rate=5e-4)
+PRESETS: dict[str, Config] = {
+    "toy": Config(preset="toy", tasks="toy/tasks"),
+    "diva-1b": dataclasses.replace(
+        _SMALL, preset="diva-1b", llm="meta-llama/Llama-3.2-1B-Instruct"
+    ),
+    "diva-3b": dataclasses.replace(
+        _SMALL, preset="diva-3b", llm="meta-llama/Llama-3.2-3B-Instruct"
+    ),
+    "diva-8b": dataclasses.replace(
+        _PUBLISHED,
+        preset="diva-8b",
+        llm="meta-llama/Llama-3.1-8B-Instruct",
+        learning_rate=5e-5,
+    ),
+}
+
+
+def parse(args: list[str]) -> Config:
+    """The configuration of a command line: a preset, and flags that override its fields."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="toy")
+    name = first.parse_known_args(args)[0].preset
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: no such preset; expected one of {', '.join(PRESETS)}.")
+    config = tyro.cli(Config, default=PRESETS[name], args=args, prog="train.py")
+    if config.dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        config = dataclasses.replace(config, dtype=dtype)
+    return dataclasses.replace(config, out=config.out or f"runs/{name}")
+
+
+def command(config: Config) -> str:
+    """The command line that goes on with this run."""
+    default = PRESETS[config.preset]
+    flags = ["--preset", config.preset]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("preset", "until") and value != getattr(default, field.name):
+            flags += ["--" + field.name.replace("_", "-"), str(value)]
+    return shlex.join(["python", "train.py", *flags])
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The part of `config` that decides the weights."""
+    return Recipe(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)})
+
+
+# -------------------------------------------------------------------------------- where arrays live
+
+AXES = ("data", "fsdp")  # a batch is split over both; a large array over fsdp, and copied over data
+SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
+
+
+def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
+    """All devices as a grid [data, fsdp]. Raises ValueError if batch or fsdp does not fit them."""
+    devices = jax.devices() if devices is None else devices
+    fsdp = fsdp or len(devices)
+    if len(devices) % fsdp:
+        raise ValueError(f"--fsdp {fsdp}: expected a divisor of the {len(devices)} devices here.")
+    if batch_size < 1 or batch_size % len(devices):
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be shared equally by {len(devices)} devices; "
+            f"expected a multiple of {len(devices)}, such as "
+            f"{max(1, round(batch_size / len(devices))) * len(devices)}."
+        )
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The rule for every array of a model, its gradients and its optimizer: where does it live?
+
+    Large ones are split over `fsdp` along their largest dividing axis, but never along the layer
+    axis that lax.scan runs over (it would cut the model in stages); small ones are copied.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def rule(path: tuple, leaf: Any) -> NamedSharding:
+        stacked = "layers" in [getattr(key, "name", None) for key in path]
+        axes = range(1 if stacked else 0, len(leaf.shape))
+        fitting = [axis for axis in axes if leaf.shape[axis] % parts == 0]
+        if not fitting or np.prod([leaf.shape[axis] for axis in axes]) < SMALL:
+            return NamedSharding(mesh, P())
+        largest = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
+
+    return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
+
+    def put(leaf: Any, where: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.device_put(leaf, where)
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def by_clip(x: Array) -> Array:
+    """Inside the step: keep clips split over all devices (weights are gathered, clips never)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(AXES))
+
+
+# ---------------------------------------------------------------------------- the loss and the step
+
+
+class Frozen(NamedTuple):
+    """What the step reads and never changes."""
+
+    diva: connector.DiVA  # encoder and LLM; None where the trained arrays belong
+    prefix: Int[Array, "P"]  # the chat template before the user's words, BOS included
+    suffix: Int[Array, "R"]  # the template behind them, up to where the response begins
+    gram: Float[Array, "E E"] | None  # for --response-loss gram
+
+
+# In the order of the computation, so the first that is not finite is where the trouble began.
+PARTS = (
+    "audio",
+    "encoder states",
+    "virtual tokens",
+    "teacher's response state",
+    "student's response state",
+    "alignment loss",
+    "response loss",
+    "gradient",
+)
+
+
+def teacher_state(
+    llm: llama.Llama,
+    ids: Int[Array, "B L"],
+    lengths: Int[Array, "B"],
+    prefix: Int[Array, "P"],
+    suffix: Int[Array, "R"],
+) -> Float[Array, "B E"]:
+    """The LLM's state that predicts its response to the transcript in text. No gradient.
+
+    Each row is [prefix; transcript; suffix; padding]; its state is read at the end of the suffix,
+    and the causal mask keeps the padding behind it out of sight.
+    """
+    before, after = prefix.shape[0], suffix.shape[0]
+    position = jnp.arange(before + ids.shape[1] + after)
+    start = before + lengths[:, None]  # [B, 1] where the suffix begins
+    text = ids[:, jnp.clip(position - before, 0, ids.shape[1] - 1)]
+    tail = suffix[jnp.clip(position - start, 0, after - 1)]
+    head = prefix[jnp.clip(position, 0, before - 1)]
+    row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
+    hidden = llm(llm.embed(row))
+    last = (lengths + before + after - 1)[:, None, None]
+    return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+
+
+def response_distance(
+    student: Float[Array, "B E"],
+    teacher: Float[Array, "B E"],
+    weight: Float[Array, "B"],
+    frozen: Frozen,
+    kind: str,
+) -> Float[Array, ""]:
+    """How far the two response states are apart, by --response-loss."""
+    if kind == "l2":
+        return distill_loss.response_l2(student, teacher, weight)
+    if kind == "gram":
+        return distill_loss.response_gram(student, teacher, frozen.gram, weight)
+    return distill_loss.response_kl(student, teacher, frozen.diva.llm.output_matrix, weight)
+
+
+def loss_fn(
+    params: Any, frozen: Frozen, batch: dict[str, Array], recipe: Recipe
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "parts"]]]:
+    """The two losses of the paper, weighted; with their parts, and what of PARTS is finite."""
+    diva = eqx.combine(params, frozen.diva)
+    ids, lengths, weight = batch["ids"], batch["lengths"], batch["weights"]
+
+    states = by_clip(diva.listen(batch["audio"]))
+    virtual = by_clip(diva.connector(states))
+    alignment = distill_loss.token_alignment(virtual, diva.llm.embed(ids), lengths, weight)
+
+    turn = by_clip(diva.embed_turn(virtual, frozen.prefix, frozen.suffix))
+    student = by_clip(diva.llm(turn)[:, -1])
+    teacher = by_clip(teacher_state(diva.llm, ids, lengths, frozen.prefix, frozen.suffix))
+    response = response_distance(student, teacher, weight, frozen, recipe.response_loss)
+
+    loss = recipe.align_weight * alignment + recipe.response_weight * response
+    parts = (batch["audio"], states, virtual, teacher, student, alignment, response)
+    finite = jnp.stack([jnp.isfinite(part).all() for part in parts])
+    return loss, ({"loss": loss, "alignment": alignment, "response": response}, finite)
+
+
+def learning_rate(recipe: Recipe, step: int | Array) -> Float[Array, ""]:
+    """Linear warm-up to the peak, then half a cosine to 0 at the end of the run."""
+    rise = max(1, round(recipe.warmup * recipe.steps))
+    share = (step - rise) / max(1, recipe.steps - rise)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
+    return recipe.learning_rate * jnp.where(step < rise, (step + 1) / rise, cosine)
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with the paper's constants, behind a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(
+            functools.partial(learning_rate, recipe),
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=recipe.weight_decay,
+        ),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("recipe", "mesh"), donate_argnames=("params", "opt_state")
+)  # frozen is used again in every step: never donated
+def train_step(
+    params: Any,
+    opt_state: Any,
+    frozen: Frozen,
+    batch: dict[str, Array],
+    step: Int[Array, ""],
+    *,
+    recipe: Recipe,
+    mesh: Mesh,
+):
+    """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what by_clip looks up
+        grads, (metrics, finite) = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, recipe)
+    grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+    updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    # Outputs live exactly where the inputs did: so the next step needs no second compilation.
+    params = jax.lax.with_sharding_constraint(params, shardings(params, mesh))
+    opt_state = jax.lax.with_sharding_constraint(opt_state, shardings(opt_state, mesh))
+    grad_norm = optax.tree.norm(grads)
+    metrics |= {
+        "grad_norm": grad_norm,
+        "lr": learning_rate(recipe, step),
+        "undecodable": jnp.sum(batch["weights"] == 0).astype(jnp.float32),
+        "finite": jnp.append(finite, jnp.isfinite(grad_norm)),
+    }
+    return params, opt_state, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, P()))
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+
+class Log:
+    """Reads the metrics of each step one step late, so that reading never stalls the device."""
+
+    def __init__(self, config: Config, start: int):
+        self.config, self.pending = config, None
+        self.seen = self.lost = 0  # clips since this start; those of them without usable audio
+        self.file = Path(config.out) / "metrics.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        kept = lines[:start]  # line i is step i; what follows the checkpoint will be done again
+        self.file.write_text("".join(line + "\n" for line in kept))
+        self.stream = self.file.open("a")
+        self.bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty())
+        self.began = self.last = time.perf_counter()
+        self.first = start
+
+    def hold(self, step: int, metrics: dict, waited: float) -> None:
+        """Remember the metrics of a step that has been dispatched but may not have run yet."""
+        self.pending = (step, metrics, waited)
+
+    def read(self) -> None:
+        """Wait for the remembered step, write it down, and stop the run if it went wrong.
+
+        Raises FloatingPointError (something is not finite) or ValueError (too many unusable clips).
+        """
+        if self.pending is None:
+            return
+        (step, metrics, waited), self.pending = self.pending, None
+        values = jax.device_get(metrics)
+        finite = values.pop("finite")
+        now = time.perf_counter()
+        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        row |= {"seconds": round(now - self.last, 4), "data_wait": round(waited, 4)}
+        self.last = now
+        if not finite.all():
+            self._stop_not_finite(step, PARTS[int(np.argmin(finite))], row)
+        self.stream.write(json.dumps(row) + "\n")
+        self.stream.flush()
+        self._show(row)
+        self._check_clips(row)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.stream.close()
+
+    def _show(self, row: dict) -> None:
+        config, step = self.config, row["step"]
+        if step == self.first:  # the first step compiles: its time says nothing of the others
+            self.began = self.last
+        rate = (step - self.first) / max(self.last - self.began, 1e-9)  # steps/s
+        speed = f"{rate * config.batch_size:.0f} clips/s"
+        loss = {name: f"{row[name]:.4g}" for name in ("loss", "alignment", "response")}
+        self.bar.set_postfix(loss | {"speed": speed}, refresh=False)
+        self.bar.update()
+        if self.bar.disable and ((step + 1) % config.log_every == 0 or step == self.first):
+            left = f"{speed}, {(config.steps - step - 1) / rate:.0f} s left" if rate else ""
+            print(
+                f"step {step + 1}/{config.steps}  "
+                + "  ".join(f"{name} {value}" for name, value in loss.items())
+                + f"  lr {row['lr']:.2e}  gradient {row['grad_norm']:.3g}  "
+                f"waited {row['data_wait']:.2f} s for data  {left or 'compiled'}",
+                flush=True,
+            )
+
+    def _stop_not_finite(self, step: int, part: str, row: dict) -> None:
+        self.bar.close()
+        raise FloatingPointError(
+            f"step {step}: the {part} is not finite (alignment {row['alignment']:.4g}, "
+            f"response {row['response']:.4g}, gradient norm {row['grad_norm']:.4g}). Stopped; the "
+            f"last good checkpoint in {self.file.parent / 'checkpoints'} is untouched. Expected "
+            "finite numbers in every part: try a lower --learning-rate, or --dtype float32."
+        )
+
+    def _check_clips(self, row: dict) -> None:
+        self.seen += self.config.batch_size
+        self.lost += int(row["undecodable"])
+        if self.lost > self.config.max_undecodable * max(self.seen, 1000):
+            self.bar.close()
+            raise ValueError(
+                f"{self.config.data}: {self.lost} of the first {self.seen} clips could not be "
+                f"decoded; expected a share of at most {self.config.max_undecodable}. The log "
+                "above names them: mend or remove them, or raise --max-undecodable."
+            )
+
+
+def plot(folder: Path) -> Path:
+    """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = np.array([row["step"] for row in rows])
+    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    titles = {
+        "alignment": "token alignment: virtual tokens against transcript embeddings",
+        "response": "response distillation: student's state against teacher's",
+    }
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+        values = np.array([row[name] for row in rows])
+        width = max(1, len(values) // 50)
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        panel.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+        panel.plot(
+            steps[width - 1 :], smooth, color="tab:blue", label=f"mean of the last {width} steps"
+        )
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_ylabel("loss")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[0].legend(frameon=False)
+    panels[1].set_xlabel("step")
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+    return folder / "loss.png"
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
+            "space or permit writing, then start the same command again; or choose another --out."
+        ) from error
+
+
+def open_checkpoints(config: Config) -> ocp.CheckpointManager:
+    """The run's checkpoints: written in the background, whole or absent, the newest kept."""
+    folder = Path(config.out).resolve() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
+    with writing(folder):
+        return ocp.CheckpointManager(folder, options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> None:
+    """Begin to write the state after `step` steps. Raises OSError, also for the one before it."""
+    with writing(Path(manager.directory) / str(step)):
+        state = {"params": params, "opt_state": opt_state}
+        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+
+def restore(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> tuple:
+    """The state after `step` steps, laid out like `params` and `opt_state`, on whatever devices."""
+
+    def template(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    wanted = jax.tree.map(template, {"params": params, "opt_state": opt_state})
+    try:
+        state = manager.restore(step, args=ocp.args.StandardRestore(wanted))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{Path(manager.directory) / str(step)}: not the state of this model ({error}). "
+            "Remove it to go on from the one before, or choose another --out."
+        ) from error
+    return state["params"], state["opt_state"]
+
+
+def claim(file: Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """Write down what this run is; or, where it is written already, see that it is the same run.
+
+    Returns what is written; with `keep` the old values stand, whatever the new ones are.
+    Raises ValueError naming every difference, OSError if the folder cannot be written.
+    """
+    if file.is_file():
+        theirs = weights.read_json(file)
+        if keep:
+            return theirs
+        changed = [
+            f"{name} was {theirs.get(name)!r}, now {value!r}"
+            for name, value in ours.items()
+            if theirs.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{file}: this folder holds another run: {'; '.join(changed)}. Expected the same "
+                "values to go on with it: give them again, or choose another --out."
+            )
+        return theirs
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(ours, indent=2) + "\n")
+        partial.rename(file)
+    return ours
+
+
+class Stop:
+    """Turns the first SIGTERM (preemption) or Ctrl-C into a wish; a second one ends at once."""
+
+    def __enter__(self) -> "Stop":
+        self.asked = ""
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = signal.Signals(number).name
+        signal.signal(number, self.old[signal.Signals(number)])
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def load_corpus(config: Config, chat: llama.Chat, window_samples: int, queries: int) -> data.Corpus:
+    """The clips to train on. Raises ValueError if none is left."""
+    clips = data.read_clips(config.data, config.split)
+    corpus = data.prepare(
+        clips,
+        lambda texts: [chat.encode(text) for text in texts],
+        window_samples=window_samples,
+        max_tokens=queries,
+    )
+    if not corpus.clips:
+        raise ValueError(
+            f"{config.data}: no clip of split {config.split!r} can be used; expected audio of at "
+            f"most {window_samples / data.SAMPLE_RATE:g} s with 1 to {queries} tokens of text. "
+            "Check --data and --split."
+        )
+    return corpus
+
+
+def load_model(config: Config, mesh: Mesh) -> connector.DiVA:
+    """The untrained student: trained part in float32, frozen part in the compute dtype."""
+    dtype = jnp.dtype(config.dtype)
+    where = functools.partial(place, mesh=mesh)
+    asr = whisper.Whisper.load(config.whisper, jnp.float32, where)
+    encoder = jax.tree.map(lambda x: x.astype(dtype), asr.encoder)
+    asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
+    llm = llama.Llama.load(config.llm, dtype, where)
+    key = jax.random.key(config.seed)
+    return place(connector.DiVA.create(asr, llm, config.queries, key), mesh)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows of a batch become part of the global, split batch."""
+    where = NamedSharding(mesh, P(AXES))
+    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+
+
+def start_state(config: Config, mesh: Mesh, turn: dict) -> tuple[Any, Any, Frozen]:
+    """Trained arrays, optimizer state and frozen rest of a run at step 0."""
+    diva = load_model(config, mesh)
+    params, frozen_diva = eqx.partition(diva, connector.trainable(diva))
+    optimizer = make_optimizer(recipe_of(config))
+    where = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=where)(params)
+    gram = None
+    if config.response_loss == "gram":
+        gram = place(distill_loss.gram_matrix(diva.llm.output_matrix), mesh)
+    prefix, suffix = (jnp.asarray(turn[side], jnp.int32) for side in ("prefix", "suffix"))
+    return params, opt_state, Frozen(frozen_diva, *place((prefix, suffix), mesh), gram)
+
+
+def train(config: Config, mesh: Mesh, stop: Stop) -> int:
+    """Train on from the newest checkpoint; export at the end. Returns the steps done."""
+    out, recipe = Path(config.out), recipe_of(config)
+    chat = llama.Chat.load(config.llm)
+    sizes = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
+    queries = config.queries or sizes.max_target_positions
+    corpus = load_corpus(config, chat, sizes.window_samples, queries)
+    text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in corpus.clips)
+    claim(out / "clips.json", {"clips": len(corpus.clips), "crc32": zlib.crc32(text.encode())})
+    # Some templates write today's date: the run keeps the day on which it began.
+    turn = claim(out / "turn.json", dict(zip(("prefix", "suffix"), chat.wrap(), strict=True)), True)
+
+    params, opt_state, frozen = start_state(config, mesh, turn)
+    manager = open_checkpoints(config)
+    step = saved = manager.latest_step() or 0
+    if step:
+        params, opt_state = restore(manager, step, params, opt_state)
+        print(f"resuming {out} at step {step} of {config.steps}", flush=True)
+    batches = data.batches(
+        corpus,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    log = Log(config, start=step)
+    try:
+        while step < min(config.steps, config.until or config.steps) and not stop.asked:
+            began = time.perf_counter()
+            batch = to_devices(next(batches), mesh)
+            waited = time.perf_counter() - began
+            params, opt_state, metrics = train_step(
+                params, opt_state, frozen, batch, np.int32(step), recipe=recipe, mesh=mesh
+            )
+            log.read()  # step - 1, while the device is busy with this one
+            log.hold(step, metrics, waited)
+            step += 1
+            if step % config.save_every == 0:
+                log.read()  # only a state known to be good is saved
+                save(manager, saved := step, params, opt_state)
+        log.read()
+        if step > saved:
+            save(manager, step, params, opt_state)
+    finally:
+        log.close()
+        with writing(Path(manager.directory)):
+            manager.close()
+    if step == config.steps:
+        eqx.combine(params, frozen.diva).save(out, config.whisper, config.llm)
+    return step
+
+
+def run(config: Config) -> None:
+    """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
+    out = Path(config.out)
+    mesh = make_mesh(config.batch_size, config.fsdp)
+    claim(out / "train.json", dataclasses.asdict(recipe_of(config)))
+    if (out / "model.safetensors").is_file():
+        print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
+    else:
+        with Stop() as stop:
+            steps = train(config, mesh, stop)
+        if steps < config.steps:
+            reason = stop.asked or "--until"
+            print(f"stopped at step {steps} of {config.steps} ({reason}); saved. Go on with:")
+            print(f"  {command(config)}", flush=True)
+            return
+    curve = plot(out)
+    print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
+    if config.tasks and not (out / "eval.json").is_file():
+        evaluation.evaluate(out, Path(config.tasks))
+    print(f"talk to it: python demo.py --model {out}")
+
+
+def main() -> None:
+    try:
+        run(parse(sys.argv[1:]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
