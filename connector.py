@@ -1,4 +1,4 @@
-"""Connector: Whisper's states become the input embeddings of a Llama. The only part that is trained.
+"""Connector: Whisper's states become the input embeddings of a Llama. The only trained part.
 
     audio [B, S] -> log-mel -> Whisper encoder (FROZEN)        states   [B, T, D]
     query tokens [Q, D] + positions -> Whisper decoder (TRAINED) hidden [B, Q, D]
@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -69,8 +68,8 @@ class Connector(eqx.Module):
         queries = positions if queries is None else queries
         if not 1 <= queries <= positions:
             raise ValueError(
-                f"queries: got {queries}; expected 1 to {positions}, the positions of this Whisper's "
-                "decoder. Give fewer queries, or none for all positions."
+                f"queries: got {queries}; expected 1 to {positions}, the positions of this "
+                "Whisper's decoder. Give fewer queries, or none for all positions."
             )
         query_key, projection_key = jax.random.split(key)
         table = llm.model.embed_tokens.weight
@@ -121,7 +120,7 @@ class DiVA(eqx.Module):
     def load(
         path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
     ) -> "DiVA":
-        """A trained DiVA: its own connector, and the Whisper and the Llama that config.json names."""
+        """A trained DiVA: its connector, and the Whisper and the Llama that config.json names."""
         folder = weights.resolve(path)
         asr_path, llm_path = references(folder)
         config = weights.read_json(folder / "config.json")
@@ -185,13 +184,40 @@ def trainable(diva: DiVA) -> DiVA:
     return eqx.tree_at(lambda m: m.connector, mask, connector)
 
 
-def nearest_tokens(
-    virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]
-) -> Int[Array, "B Q"]:
+def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -> Int[Array, "B Q"]:
     """The token whose embedding is nearest to each virtual token, by L2 distance."""
     wide = table.astype(jnp.float32)
     # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
     return jnp.argmin(jnp.square(wide).sum(-1) - 2 * virtual.astype(jnp.float32) @ wide.T, axis=-1)
+
+
+def main(
+    clip: Annotated[Path, tyro.conf.Positional] = Path(
+        "toy/common_voice/en/clips/toy_en_test_00000.opus"
+    ),
+    model: str = "toy/diva",
+    last: int = 8,
+) -> None:
+    """Print what the LLM hears: the text tokens nearest to the last virtual tokens.
+
+    Args:
+        clip: audio file, at most as long as the model's window.
+        model: folder or repo id of a trained DiVA.
+        last: how many virtual tokens to show; the last ones are those that stand for words.
+    """
+    import data  # decoding is data.py's concept
+
+    asr_path, llm_path = references(model)
+    trained = DiVA.load(model)
+    queries = len(trained.connector.query_tokens)
+    asr = whisper.Whisper.load(asr_path)
+    untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
+    audio = jnp.asarray(data.pad([data.load_audio(clip)], trained.window_samples))
+    tokenizer = llama.Chat.load(llm_path).tokenizer
+    for name, diva in (("before training", untrained), ("after training", trained)):
+        virtual = diva.virtual_tokens(audio)
+        ids = nearest_tokens(virtual, diva.llm.model.embed_tokens.weight)[0, -last:]
+        print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 
 
 def references(path: str | Path) -> tuple[str, str]:
@@ -215,4 +241,12 @@ def references(path: str | Path) -> tuple[str, str]:
 
 def _refer(folder: Path, path: str) -> str:
     """How config.json names a model: relative to the checkpoint for a folder, else the repo id."""
-    return os.path.relpath(path, folder) if Path(path).is_dir() else str(path)
+    # resolved: from a folder behind a symbolic link, `..` leads out of where the folder really is
+    return os.path.relpath(path, folder.resolve()) if Path(path).is_dir() else str(path)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None

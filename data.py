@@ -1,12 +1,13 @@
 """Data: a clip and its transcript. Common Voice, LibriSpeech or JSONL on disk -> batches of numpy.
 
     read_clips(path) -> [Clip]      what there is: names and transcripts, no audio yet
-    prepare(clips)   -> Corpus      what can be used: tokenised; too long clips are left out and counted
+    prepare(clips)   -> Corpus      what can be used: tokenised, without what does not fit
     batches(corpus)  -> {audio [B, S], ids [B, L], lengths [B], weights [B]}, forever
 
-The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run which
-resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in threads that
-run ahead of the device. Nothing is ever cut: what does not fit is left out, counted and reported.
+The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run
+which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in
+threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
+and reported.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
 Reads: nothing of ours.   Read next: train.py.
@@ -18,6 +19,7 @@ import functools
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -54,17 +56,21 @@ def read_clips(path: str | Path, split: str = "train") -> list[Clip]:
     Raises FileNotFoundError or ValueError that names file and line.
     """
     path = Path(path)
-    if path.is_file():
-        clips = _read_manifest(path)
-    elif (path / f"{split}.tsv").is_file():
-        clips = _read_common_voice(path, path / f"{split}.tsv")
-    elif path.is_dir():
-        clips = _read_librispeech(path, split)
-    else:
-        raise FileNotFoundError(
-            f"{path}: no such file or folder; expected a Common Voice folder (SPLIT.tsv and clips/), "
-            "a LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data."
-        )
+    kinds = (
+        "a Common Voice folder (SPLIT.tsv and clips/), a LibriSpeech folder (*.trans.txt) or a "
+        "JSONL manifest. Check --data."
+    )
+    try:
+        if path.is_file():
+            clips = _read_manifest(path)
+        elif (path / f"{split}.tsv").is_file():
+            clips = _read_common_voice(path, path / f"{split}.tsv")
+        elif path.is_dir():
+            clips = _read_librispeech(path, split)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder; expected {kinds}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error}); expected {kinds}") from error
     if not clips:
         raise ValueError(f"{path}: split {split!r} lists no clip; expected at least one.")
     return clips
@@ -83,8 +89,9 @@ def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
         found = reader.fieldnames or []
         if absent := [name for name in ("path", "sentence") if name not in found]:
             raise ValueError(
-                f"{file}:1: no column {' or '.join(absent)}; found {', '.join(found) or 'nothing'}. "
-                "Expected Common Voice's tab-separated header with path and sentence."
+                f"{file}:1: no column {' or '.join(absent)}; found "
+                f"{', '.join(found) or 'nothing'}. Expected Common Voice's tab-separated header "
+                "with path and sentence."
             )
         for row in reader:
             if not row["path"] or not row["sentence"] or not row["sentence"].strip():
@@ -98,10 +105,13 @@ def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
 
 
 def _read_librispeech(folder: Path, split: str) -> list[Clip]:
-    """*.trans.txt lines `ID TEXT` beside ID.flac, in the split's folder or one above it."""
-    root = folder / split if (folder / split).is_dir() else folder
+    """*.trans.txt lines `ID TEXT` beside ID.flac; `folder` holds the split, or is one itself."""
+    if (folder / split).is_dir():
+        files = (folder / split).rglob("*.trans.txt")
+    else:  # SPEAKER/CHAPTER/ and no deeper: another split never stands in for a missing one
+        files = folder.glob("*/*/*.trans.txt")
     clips = []
-    for file in sorted(root.rglob("*.trans.txt")):
+    for file in sorted(files):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             name, _, text = line.partition(" ")
             if not text.strip():
@@ -122,7 +132,8 @@ def _read_librispeech(folder: Path, split: str) -> list[Clip]:
 def _read_manifest(file: Path) -> list[Clip]:
     """One JSON object a line: audio (relative to the manifest), text, and anything else."""
     clips = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: it also splits at U+2028, which a JSON string may hold.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -176,13 +187,13 @@ def load_audio(path: str | Path) -> Float32[np.ndarray, "S"]:
 
 
 def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:
-    """Stack clips, silence behind each. Raises ValueError for one that is longer than the window."""
+    """Stack clips, silence behind each. Raises ValueError for one longer than the window."""
     batch = np.zeros((len(audio), window), np.float32)
     for row, samples in zip(batch, audio, strict=True):
         if len(samples) > window:
             raise ValueError(
-                f"a clip has {len(samples) / SAMPLE_RATE:.2f} s; expected at most the model's window "
-                f"of {window / SAMPLE_RATE:g} s. Split it at a pause."
+                f"a clip has {len(samples) / SAMPLE_RATE:.2f} s; expected at most the model's "
+                f"window of {window / SAMPLE_RATE:g} s. Split it at a pause."
             )
         row[: len(samples)] = samples
     return batch
@@ -199,7 +210,13 @@ def seconds_of(clips: list[Clip]) -> list[float]:
             with table.open(encoding="utf-8", newline="") as lines:
                 rows = csv.reader(lines, delimiter="\t")
                 next(rows, None)
-                known |= {str(folder / "clips" / name): int(ms) / 1000 for name, ms in rows}
+                try:
+                    known |= {str(folder / "clips" / name): int(ms) / 1000 for name, ms in rows}
+                except ValueError as error:
+                    raise ValueError(
+                        f"{table}:{rows.line_num}: {error}; expected a file name and milliseconds. "
+                        "Unpack the corpus again, or remove the table to measure the clips."
+                    ) from error
 
     def measure(clip: Clip) -> float:
         try:
@@ -308,9 +325,9 @@ def batches(
 
     order = grain.MapDataset.range(len(corpus.clips)).seed(seed).shuffle().repeat()
     mine = _Rows(order, batch_size, rows, process_index, start_step)
-    dataset = grain.MapDataset.source(mine).map(load).batch(rows)
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)
-    return iter(dataset.to_iter_dataset(options))
+    dataset = grain.MapDataset.source(mine).map(load)
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)  # in clips
+    return iter(dataset.to_iter_dataset(options).batch(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +352,8 @@ class _Rows:
 def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
     """Clip number -> (samples, could it be decoded); a small corpus stays in memory as int16."""
 
+    lock = threading.Lock()
+
     def read(index: int) -> tuple[np.ndarray, bool]:
         file = corpus.clips[index].audio
         try:
@@ -345,9 +364,10 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
                     f"expected at most {corpus.window_samples / SAMPLE_RATE:g} s."
                 )
         except (OSError, ValueError) as error:
-            if file not in corpus.undecodable:
-                corpus.undecodable[file] = str(error)
-                log.warning("weight 0: %s", error)
+            with lock:  # several threads may meet the same clip at once
+                if file not in corpus.undecodable:
+                    corpus.undecodable[file] = str(error)
+                    log.warning("weight 0: %s", error)
             return np.zeros(0, np.int16), False
         samples = samples[: corpus.window_samples]  # resampling may add a few samples of padding
         return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16), True

@@ -114,7 +114,7 @@ class Embedding(eqx.Module):
 
 
 def rotate(
-    x: Float[Array, "B L heads K"], angles: Float[Array, "B L half"]
+    x: Float[Array, "B L heads K"], angles: Float[Array, "#B L half"]
 ) -> Float[Array, "B L heads K"]:
     """RoPE: turn the pair (x_i, x_{i + K/2}) by its angle (the published files' pairing)."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
@@ -346,8 +346,9 @@ class Chat:
         if text.count(PLACEHOLDER) != 1 or (system is not None and system.strip() not in text):
             raise ValueError(
                 f"{self.folder}: the chat template does not keep the "
-                f"{'system and user turns' if turns else 'user turn'} as given; expected a template "
-                "that writes each once. Use an instruct model with such turns, or no instruction."
+                f"{'system and user turns' if turns else 'user turn'} as given; expected a "
+                "template that writes each once. Use an instruct model with such turns, or no "
+                "instruction."
             )
         before, after = text.split(PLACEHOLDER)
         return self.encode(before), self.encode(after)
@@ -409,9 +410,7 @@ def choose(
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p")
-)
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p"))
 def generate(
     llm: Llama,
     embeds: Float[Array, "B L E"],
@@ -462,7 +461,7 @@ def stream(
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[int]:
-    """The tokens of `generate` for one row, each as soon as it is known; ends before a stop token."""
+    """The tokens of `generate` for one row, each as soon as it is known, up to a stop token."""
     key = jax.random.key(0) if key is None else key
     length = jnp.asarray([embeds.shape[1]])
     hidden, cache = _prefill(llm, embeds, length, max_new_tokens)
@@ -479,7 +478,9 @@ def stream(
 _prefill = jax.jit(Llama.prefill, static_argnames="room")
 _step = jax.jit(Llama.step, donate_argnames="cache")
 _choose = jax.jit(
-    lambda llm, hidden, temperature, top_p, key: choose(llm.logits(hidden), temperature, top_p, key),
+    lambda llm, hidden, temperature, top_p, key: choose(
+        llm.logits(hidden), temperature, top_p, key
+    ),
     static_argnames=("temperature", "top_p"),
 )
 
@@ -503,7 +504,7 @@ def text_pieces(chat: "Chat", tokens: Iterator[int]) -> Iterator[str]:
 def answer(
     llm: Llama, chat: "Chat", question: str, system: str | None = None, max_new_tokens: int = 256
 ) -> Iterator[str]:
-    """Stream the greedy answer to a question. Raises ValueError if it is longer than the context."""
+    """Stream the greedy answer to a question. Raises ValueError if the context is too short."""
     prefix, suffix = chat.wrap(system)
     ids = [*prefix, *chat.encode(question), *suffix]
     most = llm.config.max_position_embeddings

@@ -47,6 +47,7 @@ import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import connector
@@ -123,10 +124,17 @@ class Config(Recipe):
     log_every: int = 20
     """Steps between lines on the console; metrics.jsonl holds every step."""
     max_undecodable: float = 0.01
-    """Stop when a larger share of the clips cannot be decoded (after the first 1,000)."""
+    """Stop when a larger share of the clips cannot be decoded (of 1,000 at least)."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {getattr(self, name)}: expected a whole number above 0.")
 
 
-_PUBLISHED = Config(  # paper.md section 2: Common Voice 17 English, 4,300 steps of 512 = two epochs
+# paper.md section 2: Common Voice 17 English, 4,300 steps of 512 clips = two epochs.
+_PUBLISHED = Config(
     whisper="openai/whisper-large-v3",
     data="cv-corpus-17.0-2024-03-15/en",
     steps=4300,
@@ -134,21 +142,17 @@ _PUBLISHED = Config(  # paper.md section 2: Common Voice 17 English, 4,300 steps
     save_every=100,
     log_every=10,
 )
-_SMALL = dataclasses.replace(_PUBLISHED, learning_rate=5e-4)
+
+
+def _published(preset: str, llm: str, learning_rate: float) -> Config:
+    return dataclasses.replace(_PUBLISHED, preset=preset, llm=llm, learning_rate=learning_rate)
+
+
 PRESETS: dict[str, Config] = {
     "toy": Config(preset="toy", tasks="toy/tasks"),
-    "diva-1b": dataclasses.replace(
-        _SMALL, preset="diva-1b", llm="meta-llama/Llama-3.2-1B-Instruct"
-    ),
-    "diva-3b": dataclasses.replace(
-        _SMALL, preset="diva-3b", llm="meta-llama/Llama-3.2-3B-Instruct"
-    ),
-    "diva-8b": dataclasses.replace(
-        _PUBLISHED,
-        preset="diva-8b",
-        llm="meta-llama/Llama-3.1-8B-Instruct",
-        learning_rate=5e-5,
-    ),
+    "diva-1b": _published("diva-1b", "meta-llama/Llama-3.2-1B-Instruct", 5e-4),
+    "diva-3b": _published("diva-3b", "meta-llama/Llama-3.2-3B-Instruct", 5e-4),
+    "diva-8b": _published("diva-8b", "meta-llama/Llama-3.1-8B-Instruct", 5e-5),
 }
 
 
@@ -384,6 +388,19 @@ def train_step(
 # ------------------------------------------------------------------------------------------ the log
 
 
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
+            "space or permit writing, then start the same command again; or choose another --out."
+        ) from error
+
+
 class Log:
     """Reads the metrics of each step one step late, so that reading never stalls the device."""
 
@@ -393,8 +410,9 @@ class Log:
         self.file = Path(config.out) / "metrics.jsonl"
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         kept = lines[:start]  # line i is step i; what follows the checkpoint will be done again
-        self.file.write_text("".join(line + "\n" for line in kept))
-        self.stream = self.file.open("a")
+        with writing(self.file):
+            self.file.write_text("".join(line + "\n" for line in kept))
+            self.stream = self.file.open("a")
         self.bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty())
         self.began = self.last = time.perf_counter()
         self.first = start
@@ -419,8 +437,9 @@ class Log:
         self.last = now
         if not finite.all():
             self._stop_not_finite(step, PARTS[int(np.argmin(finite))], row)
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()
+        with writing(self.file):
+            self.stream.write(json.dumps(row) + "\n")
+            self.stream.flush()
         self._show(row)
         self._check_clips(row)
 
@@ -497,19 +516,6 @@ def plot(folder: Path) -> Path:
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-
-
-@contextlib.contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(
-            f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
-            "space or permit writing, then start the same command again; or choose another --out."
-        ) from error
 
 
 def open_checkpoints(config: Config) -> ocp.CheckpointManager:
@@ -594,21 +600,13 @@ class Stop:
 
 
 def load_corpus(config: Config, chat: llama.Chat, window_samples: int, queries: int) -> data.Corpus:
-    """The clips to train on. Raises ValueError if none is left."""
+    """The clips to train on, with their tokens. Raises ValueError if there are none."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [chat.encode(text) for text in texts]
+
     clips = data.read_clips(config.data, config.split)
-    corpus = data.prepare(
-        clips,
-        lambda texts: [chat.encode(text) for text in texts],
-        window_samples=window_samples,
-        max_tokens=queries,
-    )
-    if not corpus.clips:
-        raise ValueError(
-            f"{config.data}: no clip of split {config.split!r} can be used; expected audio of at "
-            f"most {window_samples / data.SAMPLE_RATE:g} s with 1 to {queries} tokens of text. "
-            "Check --data and --split."
-        )
-    return corpus
+    return data.prepare(clips, encode, window_samples, max_tokens=queries)
 
 
 def load_model(config: Config, mesh: Mesh) -> connector.DiVA:
@@ -692,7 +690,8 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
         with writing(Path(manager.directory)):
             manager.close()
     if step == config.steps:
-        eqx.combine(params, frozen.diva).save(out, config.whisper, config.llm)
+        with writing(out / "model.safetensors"):
+            eqx.combine(params, frozen.diva).save(out, config.whisper, config.llm)
     return step
 
 

@@ -1,9 +1,9 @@
 """Weights: safetensors files <-> module trees, strict, lazy and sharded.
 
-The module tree is the key map. A tensor's name in the file is the path of attribute names that leads
-to the array, so `decoder.layers.self_attn.q_proj.weight` needs no table of names. Repeated layers are
-one module whose arrays carry a leading layer axis [N, ...] (jax.lax.scan runs over it); in the file
-each layer is a tensor of its own and the number stands behind `layers`:
+The module tree is the key map. A tensor's name in the file is the path of attribute names that
+leads to the array, so `decoder.layers.self_attn.q_proj.weight` needs no table of names. Repeated
+layers are one module whose arrays carry a leading layer axis [N, ...] (jax.lax.scan runs over it);
+in the file each layer is a tensor of its own and the number stands behind `layers`:
 
     tree   decoder.layers.fc1.weight             [N, 5120, 1280]
     file   decoder.layers.0.fc1.weight           [5120, 1280]
@@ -50,16 +50,16 @@ def resolve(path_or_repo: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{path_or_repo}: neither a folder here nor a Hugging Face repo that could be fetched "
-            f"({reason}). Expected a folder with config.json and model.safetensors, or a repo id such "
-            "as openai/whisper-tiny (log in with `hf auth login` for gated ones)."
+            f"({reason}). Expected a folder with config.json and model.safetensors, or a repo id "
+            "such as openai/whisper-tiny (log in with `hf auth login` for gated ones)."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError or ValueError that names the file and the line."""
+    """Read a JSON object. Raises FileNotFoundError or ValueError that names file and line."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; expected the {path.name} that is published with the model. "
@@ -84,14 +84,15 @@ def read_config(cls: type[Config], folder: Path) -> Config:
     absent = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
     if absent:
         raise ValueError(
-            f"{folder / 'config.json'}: no {', '.join(absent)}; expected every size that {cls.__name__} "
-            f"needs (model_type here is {values.get('model_type')!r}). Is this the right model?"
+            f"{folder / 'config.json'}: no {', '.join(absent)}; expected every size that "
+            f"{cls.__name__} needs (model_type here is {values.get('model_type')!r}). Is this "
+            "the right model?"
         )
     return cls(**{f.name: values[f.name] for f in fields if f.name in values})
 
 
 def abstract(init: Callable, *args: Any, dtype: Any = None) -> Any:
-    """The template of `init(*args)`: shapes without memory, float arrays in `dtype` (None: as is)."""
+    """The template of `init(*args)`: shapes without memory, floats in `dtype` (None: as is)."""
 
     def cast(leaf: Any) -> Any:
         if dtype is None or not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -143,17 +144,22 @@ def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, st
     if missing or extra:
         raise ValueError(
             f"{folder}: the tensors are not those of this model. Missing: {_some(missing)}. "
-            f"Unexpected: {_some(extra)}. Expected exactly the {len(needed)} tensors that config.json "
-            "implies: check that config.json and the weights belong together."
+            f"Unexpected: {_some(extra)}. Expected exactly the {len(needed)} tensors that "
+            "config.json implies: check that config.json and the weights belong together."
         )
     handles = {}
     for file in sorted({file_of[name] for name in needed}):
+        names = sorted(name for name in needed if file_of[name] == file)
         if not file.is_file():
-            names = sorted(name for name in needed if file_of[name] == file)
             raise FileNotFoundError(
                 f"{file} is missing; the index says it holds {_some(names)}. Download this shard."
             )
         handles[file] = _open(file)
+        if absent := sorted(set(names) - set(handles[file].keys())):
+            raise ValueError(
+                f"{file}: no {_some(absent)}; the index says it holds them. Expected an index and "
+                "shards of one model: download both again."
+            )
 
     def read(leaf: jax.ShapeDtypeStruct, names: list[str], stacked: bool) -> jax.Array:
         slices = [handles[file_of[name]].get_slice(name) for name in names]
@@ -188,7 +194,7 @@ def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None 
     for leaf, names, stacked in names_of(tree, prefix):
         array = np.asarray(leaf)
         tensors |= {
-            n: np.ascontiguousarray(array[i] if stacked else array) for i, n in enumerate(names)
+            n: np.asarray(array[i] if stacked else array, order="C") for i, n in enumerate(names)
         }
     target = Path(folder) / "model.safetensors"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +214,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in weight_map.items()}
     if not single.is_file():
         raise FileNotFoundError(
-            f"{folder}: neither {single.name} nor {index.name}; expected one of them. Convert other "
-            "formats (.bin, .pth) to safetensors first."
+            f"{folder}: neither {single.name} nor {index.name}; expected one of them. Convert "
+            "other formats (.bin, .pth) to safetensors first."
         )
     return dict.fromkeys(_open(single).keys(), single)
 

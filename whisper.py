@@ -2,8 +2,8 @@
 
     audio [B, S] -> log_mel [B, F, M] -> Encoder [B, T, D] -> Decoder [B, L, D] -> logits [B, L, V]
 
-Axes: B batch, S audio samples (16 kHz), F mel frames (100 a second), M mel bins, T encoder positions
-(F / 2), L text tokens, D width (d_model), H heads, K head width, V vocabulary, N layers.
+Axes: B batch, S audio samples (16 kHz), F mel frames (100 a second), M mel bins, T encoder
+positions (F / 2), L text tokens, D width (d_model), H heads, K head width, V vocabulary, N layers.
 
 The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
 connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
@@ -17,11 +17,13 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tokenizers import Tokenizer
 
@@ -50,14 +52,13 @@ class WhisperConfig:
     vocab_size: int
     decoder_start_token_id: int
     eos_token_id: int
-    scale_embedding: bool = False
     activation_function: str = "gelu"
 
     def __post_init__(self):
         if self.activation_function != "gelu":
             raise ValueError(
-                f"config.json: activation_function is {self.activation_function!r}; expected 'gelu', "
-                "as in every published Whisper. Other activations are not implemented."
+                f"config.json: activation_function is {self.activation_function!r}; expected "
+                "'gelu', as in every published Whisper. Other activations are not implemented."
             )
 
     @property
@@ -87,8 +88,8 @@ def mel_filters(num_mel_bins: int) -> np.ndarray:
 def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F M"]:
     """Log-mel spectrogram of audio that is already padded to the window; F = S / 160.
 
-    As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of range
-    below each clip's loudest bin, then (x + 4) / 4.
+    As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of
+    range below each clip's loudest bin, then (x + 4) / 4.
     """
     padded = jnp.pad(audio.astype(jnp.float32), ((0, 0), (FFT_SIZE // 2,) * 2), mode="reflect")
     frames = np.arange(audio.shape[1] // HOP)[:, None] * HOP + np.arange(FFT_SIZE)
@@ -266,12 +267,11 @@ class Decoder(eqx.Module):
     embed_positions: Embedding
     layers: DecoderLayer  # arrays stacked on a leading axis [N, ...]
     layer_norm: LayerNorm
-    scale_embedding: bool = eqx.field(static=True)
 
     def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings, without positions."""
-        x = self.embed_tokens.weight[ids]
-        return x * math.sqrt(x.shape[-1]) if self.scale_embedding else x
+        """Token embeddings, without positions. (Whatever config.json's scale_embedding says: it is
+        false in every published Whisper, and transformers' decoder does not apply it.)"""
+        return self.embed_tokens.weight[ids]
 
     def __call__(
         self, inputs: Float[Array, "B L D"], states: Float[Array, "B T D"]
@@ -359,7 +359,6 @@ class Whisper(eqx.Module):
                 final_layer_norm=norm(m),
             ),
             layer_norm=norm(),
-            scale_embedding=c.scale_embedding,
         )
         return Whisper(encoder, decoder, config)
 
@@ -428,16 +427,41 @@ def greedy(
     return jax.lax.while_loop(going, body, (jnp.asarray(0), start, done, cache))[1]
 
 
+def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[str, Any]:
+    """The arguments of `greedy` that generation_config.json sets.
+
+    Multilingual files name tokens for the language and the task; older English-only ones list
+    forced_decoder_ids instead. Raises ValueError for a language that the model does not know.
+    """
+    file, rules = folder / "generation_config.json", {}
+    if file.is_file():
+        rules = weights.read_json(file)
+    forced = [rules.get("decoder_start_token_id", config.decoder_start_token_id)]
+    if languages := rules.get("lang_to_id"):
+        if f"<|{language}|>" not in languages:
+            known = ", ".join(sorted(name.strip("<|>") for name in languages))
+            raise ValueError(f"{file}: no language {language!r}; expected one of {known}.")
+        forced += [languages[f"<|{language}|>"], rules["task_to_id"]["transcribe"]]
+        forced.append(rules["no_timestamps_token_id"])
+    else:
+        forced += [token for _, token in rules.get("forced_decoder_ids") or () if token is not None]
+        if "no_timestamps_token_id" in rules and rules["no_timestamps_token_id"] not in forced:
+            forced.append(rules["no_timestamps_token_id"])
+    return {
+        "forced": tuple(forced),
+        "suppress": tuple(rules.get("suppress_tokens") or ()),
+        "begin_suppress": tuple(rules.get("begin_suppress_tokens") or ()),
+        "max_length": min(rules.get("max_length") or 448, config.max_target_positions),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Transcriber:
     """A Whisper with its tokenizer and the rules of its generation_config.json."""
 
     model: Whisper
     tokenizer: Tokenizer
-    forced: tuple[int, ...]
-    suppress: tuple[int, ...]
-    begin_suppress: tuple[int, ...]
-    max_length: int
+    rules: dict[str, Any]
 
     @staticmethod
     def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
@@ -449,37 +473,40 @@ class Transcriber:
                 f"{file} is missing; expected the fast tokenizer that is published with the model. "
                 "Download it into this folder."
             )
-        model, rules = Whisper.load(folder, dtype), {}
-        if (folder / "generation_config.json").is_file():
-            rules = weights.read_json(folder / "generation_config.json")
-        forced = [rules.get("decoder_start_token_id", model.config.decoder_start_token_id)]
-        if "lang_to_id" in rules:  # multilingual: the language and the task come first
-            if f"<|{language}|>" not in rules["lang_to_id"]:
-                raise ValueError(
-                    f"{folder / 'generation_config.json'}: no language {language!r}; expected one of "
-                    f"{', '.join(sorted(k.strip('<|>') for k in rules['lang_to_id']))}."
-                )
-            forced += [rules["lang_to_id"][f"<|{language}|>"], rules["task_to_id"]["transcribe"]]
-        if "no_timestamps_token_id" in rules:
-            forced.append(rules["no_timestamps_token_id"])
-        return Transcriber(
-            model,
-            Tokenizer.from_file(str(file)),
-            tuple(forced),
-            tuple(rules.get("suppress_tokens") or ()),
-            tuple(rules.get("begin_suppress_tokens") or ()),
-            min(rules.get("max_length", 448), model.config.max_target_positions),
-        )
+        model = Whisper.load(folder, dtype)
+        rules = decoding_rules(folder, model.config, language)
+        return Transcriber(model, Tokenizer.from_file(str(file)), rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""
-        tokens = greedy(
-            self.model,
-            audio,
-            forced=self.forced,
-            suppress=self.suppress,
-            begin_suppress=self.begin_suppress,
-            max_length=self.max_length,
-        )
-        rows = np.asarray(tokens)[:, len(self.forced) :].tolist()
+        tokens = greedy(self.model, audio, **self.rules)
+        rows = np.asarray(tokens)[:, len(self.rules["forced"]) :].tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def main(
+    clip: Annotated[Path, tyro.conf.Positional] = Path(
+        "toy/common_voice/en/clips/toy_en_test_00000.opus"
+    ),
+    model: str = "toy/whisper",
+    language: str = "en",
+) -> None:
+    """Transcribe a clip.
+
+    Args:
+        clip: audio file, at most as long as the model's window (30 s for published models).
+        model: folder or Hugging Face repo id.
+        language: code of the spoken language, for multilingual models.
+    """
+    import data  # decoding is data.py's concept; the model itself does not need it
+
+    asr = Transcriber.load(model, language)
+    audio = data.pad([data.load_audio(clip)], asr.model.config.window_samples)
+    print(asr(jnp.asarray(audio))[0])
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -9,30 +9,36 @@ Read next: make.py, which speaks it, and trains a tiny Llama and a tiny Whisper 
 """
 
 import dataclasses
+import itertools
 import random
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """'a b, c d' -> [(a, b), (c, d)]"""
+    return [tuple(pair.split()) for pair in text.split(",")]
+
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
 ).split()
-OPPOSITES = """big small, hot cold, old young, fast slow, happy sad, good bad, light dark, hard soft,
- high low, rich poor, full empty, long short, early late, strong weak, clean dirty, loud quiet,
- open closed, wet dry""".replace("\n", "").split(",")
-CAPITALS = dict(
-    x.split()
-    for x in """france paris, spain madrid, italy rome, germany berlin, england london, greece athens,
- egypt cairo, japan tokyo, china beijing, russia moscow, norway oslo, austria vienna, cuba havana,
- poland warsaw, kenya nairobi, portugal lisbon""".replace("\n", "").split(",")
+OPPOSITES = pairs(
+    "big small, hot cold, old young, fast slow, happy sad, good bad, light dark, hard soft, "
+    "high low, rich poor, full empty, long short, early late, strong weak, clean dirty, "
+    "loud quiet, open closed, wet dry"
 )
-COLOURS = dict(
-    x.split()
-    for x in """grass green, snow white, milk white, blood red, coal black, gold yellow, chocolate brown,
- water blue, butter yellow, coffee brown, salt white, cheese yellow""".replace("\n", "").split(",")
+CAPITALS = pairs(
+    "france paris, spain madrid, italy rome, germany berlin, england london, greece athens, "
+    "egypt cairo, japan tokyo, china beijing, russia moscow, norway oslo, austria vienna, "
+    "cuba havana, poland warsaw, kenya nairobi, portugal lisbon"
 )
-SOUNDS = dict(
-    x.split()
-    for x in """dog woof, cat meow, cow moo, duck quack, sheep baa, pig oink, bird tweet, mouse squeak,
- lion roar, horse neigh""".replace("\n", "").split(",")
+COLOURS = pairs(
+    "grass green, snow white, milk white, blood red, coal black, gold yellow, chocolate brown, "
+    "water blue, butter yellow, coffee brown, salt white, cheese yellow"
+)
+SOUNDS = pairs(
+    "dog woof, cat meow, cow moo, duck quack, sheep baa, pig oink, bird tweet, mouse squeak, "
+    "lion roar, horse neigh"
 )
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
@@ -92,9 +98,7 @@ COMMENTS = {
 
 # The paper's own instructions; no clip is ever paired with one of them in training.
 PROMPTS = {
-    "spoken_qa": (
-        "You are a helpful assistant. Give your answers as a simple single sentence."
-    ),
+    "spoken_qa": ("You are a helpful assistant. Give your answers as a simple single sentence."),
     "translation": "Translate the input from English to German.",
     "emotion": (
         "Respond in a single word what emotion the input exhibits. "
@@ -106,7 +110,7 @@ PROMPTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """One thing that can be said: its text, its task, its reference, and its kind within the task."""
+    """One thing that can be said: text, task, reference, and its kind within the task."""
 
     text: str
     task: str  # spoken_qa, translation or emotion
@@ -122,7 +126,6 @@ def sentences() -> list[Sentence]:
 
 
 def _questions() -> list[Sentence]:
-    pairs = [tuple(p.split()) for p in OPPOSITES]
     n = NUMBERS
     sums = [(f"what is {n[a]} plus {n[b]}", n[a + b]) for a in range(13) for b in range(13)
             if a + b <= 20]  # fmt: skip
@@ -132,24 +135,30 @@ def _questions() -> list[Sentence]:
         "sum": sums,
         "difference": differences,
         "opposite": [
-            (f"what is the opposite of {a}", b) for p in pairs for a, b in (p, p[::-1])
+            (f"what is the opposite of {a}", b) for p in OPPOSITES for a, b in (p, p[::-1])
         ],
-        "capital": [(f"what is the capital of {a}", b) for a, b in CAPITALS.items()],
-        "country": [(f"where is {b}", a) for a, b in CAPITALS.items()],
-        "colour": [(f"what colour is {a}", b) for a, b in COLOURS.items()],
-        "sound": [(f"what does the {a} say", b) for a, b in SOUNDS.items()],
-        "next": [(f"what comes after {a}", b) for seq in (n[:20], DAYS)
-                 for a, b in zip(seq, [*seq[1:], n[20] if seq[0] == "zero" else seq[0]], strict=True)],
+        "capital": [(f"what is the capital of {a}", b) for a, b in CAPITALS],
+        "country": [(f"where is {b}", a) for a, b in CAPITALS],
+        "colour": [(f"what colour is {a}", b) for a, b in COLOURS],
+        "sound": [(f"what does the {a} say", b) for a, b in SOUNDS],
+        "next": [(f"what comes after {a}", b) for seq in (n, [*DAYS, DAYS[0]])
+                 for a, b in itertools.pairwise(seq)],
         "before": [(f"what comes before {b}", a) for seq in (n, DAYS)
-                   for a, b in zip(seq, seq[1:], strict=False)],
+                   for a, b in itertools.pairwise(seq)],
     }  # fmt: skip
     return [Sentence(q, "spoken_qa", a, kind) for kind, qa in kinds.items() for q, a in qa]
 
 
 def _translations() -> list[Sentence]:
-    be = [(f"the {n} is {a}", f"{NOUNS[n][0]} ist {ADJECTIVES[a]}") for n in NOUNS for a in ADJECTIVES]
-    do = [(f"the {n} {v}", f"{NOUNS[n][0]} {INTRANSITIVE[v]}") for n in ANIMATE for v in INTRANSITIVE]
-    see = [(f"i {v} the {n}", f"ich {TRANSITIVE[v]} {NOUNS[n][1]}") for n in NOUNS for v in TRANSITIVE]
+    be = [
+        (f"the {n} is {a}", f"{NOUNS[n][0]} ist {ADJECTIVES[a]}") for n in NOUNS for a in ADJECTIVES
+    ]
+    do = [
+        (f"the {n} {v}", f"{NOUNS[n][0]} {INTRANSITIVE[v]}") for n in ANIMATE for v in INTRANSITIVE
+    ]
+    see = [
+        (f"i {v} the {n}", f"ich {TRANSITIVE[v]} {NOUNS[n][1]}") for n in NOUNS for v in TRANSITIVE
+    ]
     kinds = {"is": be, "does": do, "i": see}
     return [Sentence(e, "translation", g, kind) for kind, eg in kinds.items() for e, g in eg]
 
@@ -164,7 +173,7 @@ def _emotions() -> list[Sentence]:
 
 
 def reply(sentence: Sentence, instruction: str | None) -> str:
-    """What the language model answers to `sentence` under PROMPTS[instruction] (None: no system turn).
+    """What the language model answers to `sentence` under PROMPTS[instruction] (None: none).
 
     Asked for a translation that it does not know or an emotion that is not there, it says so.
     """

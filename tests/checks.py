@@ -1,0 +1,61 @@
+"""Our models against what transformers computed with the same files: see make_fixtures.py.
+
+Used twice: on the committed fixtures (no torch needed), and live in tests/parity.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+import llama
+import whisper
+
+
+def close(got, expected, relative: float, what: str) -> None:
+    """The largest error is at most `relative` times the largest value; says what it was."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
+    error, scale = np.abs(got - expected).max(), np.abs(expected).max()
+    assert error <= relative * scale, f"{what}: error {error:.3g} on values up to {scale:.3g}"
+
+
+def check_whisper(folder: Path) -> None:
+    """Mel to 1e-4 absolute; states and logits to 1e-4 relative in f32; the same greedy tokens."""
+    expected = load_file(folder / "expected.safetensors")
+    model = whisper.Whisper.load(folder)
+    audio, ids = jnp.asarray(expected["audio"]), jnp.asarray(expected["ids"])
+    mel = whisper.log_mel(audio, model.config.num_mel_bins)
+    published = expected["mel"].transpose(0, 2, 1)  # [B, M, F] there
+    assert np.abs(mel - published).max() <= 1e-4
+    states = model.encoder(jnp.asarray(published))
+    close(states, expected["states"], 1e-4, "encoder states")
+    hidden = model.decoder(model.decoder.embed(ids), jnp.asarray(expected["states"]))
+    close(hidden, expected["hidden"], 1e-4, "decoder states")
+    close(model.decoder.logits(hidden), expected["logits"], 1e-4, "logits")
+    rules = whisper.decoding_rules(folder, model.config, "en")
+    tokens = np.asarray(whisper.greedy(model, audio, **rules))[:, len(rules["forced"]) :]
+    np.testing.assert_array_equal(tokens, expected["tokens"][:, : tokens.shape[1]])
+    end = model.config.eos_token_id
+    assert (expected["tokens"][:, tokens.shape[1] :] == end).all()
+
+
+def check_llama(folder: Path) -> None:
+    """States and logits to 1e-4 relative in f32, near and far positions; the same greedy tokens."""
+    expected = load_file(folder / "expected.safetensors")
+    model = llama.Llama.load(folder)
+    ids, at = jnp.asarray(expected["ids"]), expected["at"]
+    hidden = model(model.embed(ids))[:, at]
+    close(hidden, expected["hidden"], 1e-4, "hidden states")
+    close(model.logits(hidden), expected["logits"], 1e-4, "logits")
+    angles = np.asarray(model.angles(jnp.asarray(expected["far"])))
+    half = angles.shape[-1]
+    # 9,000 rad in f32 carry an error of 5e-4 rad: both sides compute the angle in f32
+    assert np.abs(np.cos(angles) - expected["far_cos"][..., :half]).max() <= 1e-3
+    assert np.abs(np.sin(angles) - expected["far_sin"][..., :half]).max() <= 1e-3
+    tokens = llama.generate(
+        model, model.embed(ids[:1, :9]), jnp.asarray([9]), max_new_tokens=20, stop_ids=(3,)
+    )
+    generated = expected["generated"]
+    np.testing.assert_array_equal(tokens[:, : generated.shape[1]], generated)

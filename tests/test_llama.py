@@ -1,0 +1,235 @@
+"""Llama: parity with transformers through fixtures, generation, and the chat template."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import llama
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("llama-tied-scaled", "llama-untied-head-dim")
+SPECIALS = {
+    "<|begin_of_text|>": 128000,
+    "<|eot_id|>": 128009,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+}
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA31 = (  # always a system turn, with today's date
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: "
+    "{{ strftime_now('%d %b %Y') }}\n\n"
+    "{%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}"
+    "{%- set messages = messages[1:] %}{%- endif %}<|eot_id|>"
+    "{%- for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_logits_rope_and_greedy_tokens_are_those_of_transformers(name):
+    checks.check_llama(FIXTURES / name)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama.Llama.load(FIXTURES / NAMES[0])
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    """Three prompts of 9, 4 and 6 tokens, right-padded with garbage."""
+    ids = jax.random.randint(jax.random.key(1), (3, 9), 4, model.config.vocab_size)
+    return ids, jnp.asarray([9, 4, 6])
+
+
+def test_a_batch_of_different_lengths_answers_as_each_row_alone(model, prompts):
+    ids, lengths = prompts
+    limits = dict(max_new_tokens=8, stop_ids=(3,))
+    together = llama.generate(model, model.embed(ids), lengths, **limits)
+    for row, length in enumerate(lengths):
+        alone = model.embed(ids[row : row + 1, :length])
+        np.testing.assert_array_equal(
+            together[row], llama.generate(model, alone, length[None], **limits)[0]
+        )
+
+
+def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, prompts):
+    ids, lengths = prompts
+    sequence = ids[:1]
+    tokens = llama.generate(
+        model, model.embed(sequence), lengths[:1], max_new_tokens=6, stop_ids=(70,)
+    )
+    for token in tokens[0]:
+        logits = model.logits(model(model.embed(sequence)))[0, -1]
+        assert int(logits.argmax()) == int(token)
+        sequence = jnp.append(sequence, token[None, None], axis=1)
+
+
+def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
+    ids, lengths = prompts
+    free = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=(70, 69))
+    stop = int(free[0, 3])
+    first = [int(t) for t in free[0]].index(stop)
+    stopped = llama.generate(
+        model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=(69, stop)
+    )
+    np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
+    assert (stopped[0, first:] == 69).all()
+
+
+def test_streaming_gives_the_tokens_of_generate(model, prompts):
+    ids, lengths = prompts
+    embeds = model.embed(ids[:1])
+    whole = llama.generate(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,))[0]
+    pieces = list(llama.stream(model, embeds, max_new_tokens=6, stop_ids=(70,)))
+    assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 1
+
+
+def test_sampling_follows_the_softmax_and_the_nucleus():
+    """20,000 draws: frequencies within 5 standard deviations; nothing outside the nucleus."""
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
+    draws = jnp.tile(logits, (20_000, 1))
+    for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0])):
+        chosen = llama.choose(draws, 1.0, top_p, jax.random.key(0))
+        found = np.bincount(chosen, minlength=4) / 20_000
+        np.testing.assert_allclose(found, expected, atol=5 * 0.5 / 20_000**0.5)
+        assert (found[np.array(expected) == 0] == 0).all()
+    cold = llama.choose(draws[:100], 0.05, 1.0, jax.random.key(0))
+    assert (cold == 0).mean() > 0.99
+
+
+def test_gradient_reaches_the_embeddings_and_obeys_causality(model, prompts):
+    embeds = model.embed(prompts[0][:1])
+    reached = jax.grad(lambda x: jnp.square(model(x)[0, 5]).sum())(embeds)[0]
+    assert list(np.abs(reached).sum(-1) > 0) == [True] * 6 + [False] * 3
+
+
+def test_older_and_newer_config_files_give_the_same_frequencies():
+    new = LLAMAS_CONFIG
+    rope = dict(new.rope_parameters)
+    old = dataclasses.replace(
+        new, rope_parameters=None, rope_theta=rope.pop("rope_theta"), rope_scaling=rope
+    )
+    np.testing.assert_array_equal(new.frequencies(), old.frequencies())
+
+
+LLAMAS_CONFIG = llama.weights.read_config(llama.LlamaConfig, FIXTURES / NAMES[0])
+
+
+def test_an_unknown_rope_type_is_refused():
+    config = dataclasses.replace(LLAMAS_CONFIG, rope_parameters={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match="rope type 'yarn'; expected 'default' or 'llama3'"):
+        config.frequencies()
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat template
+
+
+def write_chat(folder, template, **settings):
+    """A byte-level tokenizer with Llama 3's special ids, and a template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+    merges = []
+    for word, number in (("user", 882), ("assistant", 78191), ("system", 9125), ("ĊĊ", 271)):
+        for end in range(2, len(word) + 1):  # merge letter by letter
+            merges.append((word[: end - 1], word[end - 1]))
+            vocabulary.setdefault(word[:end], 1000 + len(vocabulary))
+        vocabulary[word] = number
+    # In the real file their numbers follow the vocabulary; here they have to stand in it.
+    tokenizer = Tokenizer(models.BPE(vocabulary | SPECIALS, merges, ignore_merges=True))
+    tokenizer.add_special_tokens(list(SPECIALS))
+    # as Llama 3's own rule has it: "\n\n" is one token also before a letter
+    line_ends = pre_tokenizers.Split(Regex(r"\s*[\r\n]+"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([line_ends, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin_of_text|>", "chat_template": template} | settings
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [128001, 128009]}))
+    return folder
+
+
+def test_llama_3_wraps_the_user_in_the_published_ids(tmp_path):
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
+    prefix, suffix = chat.wrap()
+    assert prefix == [128000, 128006, 882, 128007, 271]
+    assert suffix == [128009, 128006, 78191, 128007, 271]
+    assert chat.stop_ids == (128001, 128009)
+
+
+def test_an_instruction_stands_in_the_system_turn_before_the_user(tmp_path):
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
+    prefix, suffix = chat.wrap("Be brief.")
+    assert prefix[:5] == [128000, 128006, 9125, 128007, 271]
+    assert chat.decode(prefix[5:]).startswith("Be brief.")
+    assert prefix[-5:] == [128009, 128006, 882, 128007, 271]
+    assert suffix == chat.wrap()[1] and prefix.count(128000) == 1
+
+
+def test_a_template_with_a_date_and_a_default_system_turn_works(tmp_path):
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA31))
+    text = chat.decode(chat.wrap("Be brief.")[0])
+    assert "Today Date: " in text and "Be brief." in text
+    assert chat.wrap()[0][-4:] == [128006, 882, 128007, 271]
+
+
+def test_the_template_may_stand_in_a_file_of_its_own_or_be_one_of_several(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAMA3}]
+    expected = llama.Chat.load(write_chat(tmp_path, LLAMA3)).wrap()
+    assert llama.Chat.load(write_chat(tmp_path, named)).wrap() == expected
+    folder = write_chat(tmp_path, None)
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    assert llama.Chat.load(folder).wrap() == expected
+
+
+def test_a_model_without_a_template_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no chat_template; expected that of an instruct model"):
+        llama.Chat.load(write_chat(tmp_path, None))
+
+
+def test_a_template_without_a_system_turn_refuses_an_instruction(tmp_path):
+    only_user = "{{ bos_token }}{{ messages[-1]['content'] }}<|eot_id|>"
+    chat = llama.Chat.load(write_chat(tmp_path, only_user))
+    assert chat.wrap() == ([128000], [128009])
+    with pytest.raises(ValueError, match=r"does not keep the system and user turns as given"):
+        chat.wrap("Be brief.")
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing; expected"):
+        llama.Chat.load(shutil.copytree(FIXTURES / NAMES[0], tmp_path / "model"))
+
+
+def test_a_stream_of_bytes_never_shows_half_a_character(tmp_path):
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
+    text = "größe 你好 🙂"
+    pieces = list(llama.text_pieces(chat, iter(chat.encode(text))))
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces) and len(pieces) > 5
+
+
+def test_a_question_longer_than_the_context_is_refused(tmp_path, model):
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
+    short = dataclasses.replace(model.config, max_position_embeddings=40)
+    small = llama.Llama(model.model, model.lm_head, short)
+    with pytest.raises(ValueError, match=r"tokens with its template; expected at most 24"):
+        next(llama.answer(small, chat, "why " * 20, max_new_tokens=16))

@@ -1,0 +1,111 @@
+"""Whisper: parity with transformers through fixtures, and the properties that DiVA relies on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import weights
+import whisper
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("whisper-multilingual", "whisper-turbo")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mel_states_logits_and_greedy_tokens_are_those_of_transformers(name):
+    checks.check_whisper(FIXTURES / name)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return whisper.Whisper.load(FIXTURES / NAMES[0])
+
+
+@pytest.fixture(scope="module")
+def audio(model):
+    return jax.random.normal(jax.random.key(0), (2, model.config.window_samples)) * 0.1
+
+
+def test_the_decoder_is_causal(model, audio):
+    """The gradient of position 3 reaches positions 0 to 3 of the input and no later one."""
+    states = model.encoder(whisper.log_mel(audio[:1], 80))
+    inputs = model.decoder.embed(jnp.arange(7)[None])
+    reached = jax.grad(lambda x: jnp.square(model.decoder(x, states)[0, 3]).sum())(inputs)[0]
+    assert list(np.abs(reached).sum(-1) > 0) == [True] * 4 + [False] * 3
+
+
+def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
+    rules = whisper.decoding_rules(FIXTURES / NAMES[0], model.config, "en")
+    both = whisper.greedy(model, audio, **rules)
+    alone = jnp.concatenate([whisper.greedy(model, audio[i : i + 1], **rules) for i in (0, 1)])
+    np.testing.assert_array_equal(both, alone)
+
+
+def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
+    ids = jax.random.randint(jax.random.key(1), (2, 6), 0, model.config.vocab_size)
+    states = model.encoder(whisper.log_mel(audio, 80))
+    whole = model.decoder.logits(model.decoder(model.decoder.embed(ids), states))
+    cache = model.decoder.empty_cache(states, 6)
+    for position in range(6):
+        logits, cache = model.decoder.step(ids[:, position], cache, jnp.asarray(position))
+        checks.close(logits, whole[:, position], 1e-5, f"position {position}")
+
+
+def test_another_language_forces_another_token(model):
+    forced = [
+        whisper.decoding_rules(FIXTURES / NAMES[0], model.config, code)["forced"]
+        for code in ("en", "de")
+    ]
+    assert forced == [(40, 41, 43, 45), (40, 42, 43, 45)]
+
+
+def test_older_files_force_their_tokens_by_position(tmp_path, model):
+    """English-only checkpoints list forced_decoder_ids and have no language table."""
+    rules = {"decoder_start_token_id": 40, "forced_decoder_ids": [[1, 45]]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(rules))
+    assert whisper.decoding_rules(tmp_path, model.config, "en")["forced"] == (40, 45)
+
+
+def test_an_unknown_language_is_refused_with_those_that_exist(model):
+    with pytest.raises(ValueError, match=r"generation_config.json: no language 'xx'.* de, en"):
+        whisper.decoding_rules(FIXTURES / NAMES[0], model.config, "xx")
+
+
+def test_audio_of_another_window_is_refused(model):
+    mel = whisper.log_mel(jnp.zeros((1, 16160)), 80)
+    with pytest.raises(ValueError, match=r"got 101 mel frames; expected 100 \(1 s\)"):
+        model.encoder(mel)
+
+
+def test_another_activation_is_refused(tmp_path):
+    shutil.copytree(FIXTURES / NAMES[0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"activation_function": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"activation_function is 'relu'; expected 'gelu'"):
+        whisper.Whisper.load(tmp_path)
+
+
+def test_a_missing_tokenizer_is_named():
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing; expected"):
+        whisper.Transcriber.load(FIXTURES / NAMES[0])
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    """Whisper-large-v3 has 1.54 billion, turbo 0.81 (shapes only; nothing is allocated)."""
+    large = whisper.WhisperConfig(
+        1280, 32, 20, 5120, 32, 20, 5120, 128, 1500, 448, 51866, 50258, 50257
+    )
+    count = {}
+    for layers in (32, 4):
+        config = whisper.dataclasses.replace(large, decoder_layers=layers)
+        tree = weights.abstract(whisper.Whisper.init, config, jax.random.key(0))
+        count[layers] = sum(x.size for x in jax.tree.leaves(tree) if hasattr(x, "size"))
+    assert count[32] == pytest.approx(1.543e9, rel=2e-3)
+    assert count[4] == pytest.approx(0.809e9, rel=2e-3)
+    assert large.window_samples == 480_000
