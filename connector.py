@@ -215,7 +215,7 @@ def main(
     audio = jnp.asarray(data.pad([data.load_audio(clip)], trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
-        virtual = diva.virtual_tokens(audio)
+        virtual = eqx.filter_jit(diva.virtual_tokens)(audio)
         ids = nearest_tokens(virtual, diva.llm.model.embed_tokens.weight)[0, -last:]
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 

@@ -10,7 +10,7 @@ is a function of sums over the clips, score = f(sum_i c_i), and so is each boots
 
 Axes: B batch, S audio samples, Q virtual tokens, L positions of a prompt, E width of the LLM,
 N items, Y systems, C columns of a metric, R bootstrap resamples.
-Reads: connector.py, whisper.py, llama.py, data.py.   Read next: demo.py.
+Reads: connector.py, whisper.py, llama.py, data.py.   The last chapter.
 """
 
 import collections
@@ -103,7 +103,8 @@ def read_items(folder: Path, split: str, tasks: dict[str, Task]) -> list[Item]:
             f"{file} is missing; expected one JSON object a line, with the clips of the split. "
             f"Splits here: {', '.join(there) or 'none'}. Check --split and --tasks."
         )
-    lines = file.read_text(encoding="utf-8").splitlines()
+    # not splitlines: a JSON string may hold the other separators that Unicode knows
+    lines = file.read_text(encoding="utf-8").split("\n")
     items = [
         _read_item(line, f"{file}:{number}", folder, tasks)
         for number, line in enumerate(lines, 1)
@@ -626,7 +627,9 @@ def table(report: dict) -> str:
 
 def _cell(entry: dict, scale: float) -> str:
     star = "*" if entry.get("p", 1.0) < 0.05 else " "
-    low, high = (f"{scale * entry[key]:.1f}" for key in ("low", "high"))
+    # a word error rate has no upper end: 64 words said for one are 6,400 per cent
+    digits = 1 if scale * entry["high"] < 1000 else 0
+    low, high = (f"{scale * entry[key]:.{digits}f}" for key in ("low", "high"))
     return f"{scale * entry['score']:6.1f}{star} {low + '-' + high:11}"
 
 
