@@ -1,0 +1,752 @@
+"""data.py: clips are found, decoded, left out for a reason, and dealt the same way every time.
+
+Axes: B batch, S audio samples, L text tokens.
+"""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+
+RATE = data.SAMPLE_RATE
+V17 = (  # Common Voice 17.0's header
+    "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\t"
+    "accents\tvariant\tlocale\tsegment"
+)
+OLD = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccent"  # versions 3 to 6
+
+
+def tone(hertz: float, seconds: float, rate: int = RATE, peak: float = 0.5) -> np.ndarray:
+    return peak * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def write_audio(file: Path, samples: np.ndarray, rate: int = RATE, **how) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(file, samples, rate, **how)
+    return file
+
+
+def write_lines(file: Path, *lines: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def refused(kind: type[Exception], action, *parts: object) -> None:
+    """`action` raises `kind`, and the message holds every part."""
+    with pytest.raises(kind) as error:
+        action()
+    for part in parts:
+        assert str(part) in str(error.value), f"{part!s} is not in: {error.value}"
+
+
+# ---------------------------------------------------------------------------- Common Voice folders
+
+
+@pytest.fixture
+def voice(tmp_path) -> Path:
+    """A Common Voice 17 folder with two MP3 clips at 48 kHz."""
+    for name in ("a.mp3", "b.mp3"):
+        write_audio(tmp_path / "clips" / name, tone(440, 0.25, 48_000), 48_000)
+    write_lines(
+        tmp_path / "train.tsv",
+        V17,
+        'v1\ta.mp3\ts1\t"Wait, he said, and left.\t\t2\t0\ttwenties\t\tIndia,England\t\ten\t',
+        "v2\tb.mp3\ts2\t It's \"fine\", isn't it? \t\t2\t0\t\t\t\t\ten\t",
+    )
+    return tmp_path
+
+
+def test_a_common_voice_folder_gives_paths_sentences_and_what_else_is_known(voice):
+    """Quotes, closed or not, are part of the sentence and do not swallow the next row."""
+    a, b = data.read_clips(voice)
+    assert a == data.Clip(
+        str(voice / "clips/a.mp3"),
+        '"Wait, he said, and left.',
+        {
+            "client_id": "v1",
+            "sentence_id": "s1",
+            "up_votes": "2",
+            "down_votes": "0",
+            "age": "twenties",
+            "accents": "India,England",
+            "locale": "en",
+        },
+    )
+    assert b.text == "It's \"fine\", isn't it?" and "accents" not in b.meta
+    samples = data.load_audio(a.audio)
+    # 440 Hz stay; MP3 is lossy: 2 % of the amplitude
+    assert len(samples) == RATE // 4 and abs(part_of(samples, 440) - 0.5) < 0.01
+
+
+def test_older_versions_call_the_accent_by_another_name(voice):
+    """Columns go by name, in any order; `accent` and `accents` are the same thing."""
+    write_lines(voice / "dev.tsv", OLD, "v1\ta.mp3\thello there\t2\t0\t\tmale\tus")
+    write_lines(voice / "odd.tsv", "sentence\taccents\tpath", "hello there\tus\ta.mp3")
+    [old], [odd] = data.read_clips(voice, "dev"), data.read_clips(voice, "odd")
+    assert old.meta["accents"] == "us" and "accent" not in old.meta
+    assert (old.audio, old.text) == (odd.audio, odd.text) and odd.meta == {"accents": "us"}
+
+
+def test_rows_without_a_path_or_a_sentence_are_left_out_and_named(voice, caplog):
+    write_lines(
+        voice / "train.tsv",
+        "path\tsentence",
+        "a.mp3\tone",
+        "\ttwo",
+        "b.mp3\t  ",
+        "b.mp3",
+        "b.mp3\tfive",
+    )
+    clips = data.read_clips(voice)
+    assert [clip.text for clip in clips] == ["one", "five"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{voice / 'train.tsv'}:{line}: no path or no sentence: left out" for line in (3, 4, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "absent", "found"),
+    [
+        ("client_id,path,sentence", "path or sentence", "found client_id,path,sentence."),
+        ("path\ttext", "sentence", "found path, text."),
+        ("", "path or sentence", "found nothing."),
+    ],
+)
+def test_wrong_columns_are_refused_with_those_that_are_there(voice, header, absent, found):
+    file = voice / "train.tsv"
+    file.write_text(header)
+    say = f"{file}:1: no column {absent}; {found} Expected Common Voice's tab-separated header"
+    refused(ValueError, partial(data.read_clips, voice), say)
+
+
+def test_a_missing_clips_folder_is_named(voice):
+    (voice / "clips").rename(voice / "elsewhere")
+    refused(
+        FileNotFoundError,
+        partial(data.read_clips, voice),
+        f"{voice / 'clips'} is missing; expected the folder of audio that train.tsv names",
+        "Unpack the whole corpus",
+    )
+
+
+def test_a_missing_split_is_refused_with_those_that_are_there(voice):
+    refused(
+        FileNotFoundError,
+        partial(data.read_clips, voice, "trian"),
+        f"{voice}: no split 'trian': neither trian.tsv (Common Voice) nor *.trans.txt",
+        "found train. Check --data and --split",
+    )
+    (voice / "train.tsv").unlink()
+    refused(FileNotFoundError, partial(data.read_clips, voice), "found nothing of the kind")
+
+
+def test_an_empty_split_is_refused(voice):
+    (voice / "train.tsv").write_text(V17 + "\n")
+    say = f"{voice}: split 'train' lists no clip; expected at least one"
+    refused(ValueError, partial(data.read_clips, voice), say)
+
+
+# ----------------------------------------------------------------------------- LibriSpeech folders
+
+
+@pytest.fixture
+def libri(tmp_path) -> Path:
+    """LibriSpeech/SPLIT/SPEAKER/CHAPTER/: FLAC files and one list of transcripts."""
+    for split, speaker in (("train-clean-100", 19), ("train-clean-100", 103), ("dev-clean", 84)):
+        folder = tmp_path / split / f"{speaker}/7"
+        names = [f"{speaker}-7-{n:04}" for n in range(2)]
+        for name in names:
+            write_audio(folder / f"{name}.flac", tone(300, 0.1))
+        write_lines(folder / f"{speaker}-7.trans.txt", *(f"{name} I'M {name}" for name in names))
+    return tmp_path
+
+
+def test_a_librispeech_split_gives_clips_texts_and_speakers(libri):
+    """By name in the folder of splits, or the split's own folder."""
+    clips = data.read_clips(libri, "train-clean-100")
+    assert {Path(clip.audio).stem for clip in clips} == {
+        "19-7-0000", "19-7-0001", "103-7-0000", "103-7-0001"
+    }  # fmt: skip
+    for clip in clips:
+        name = Path(clip.audio).stem
+        assert clip.text == f"I'M {name}" and clip.meta == {"speaker": name.split("-")[0]}
+        assert len(data.load_audio(clip.audio)) == RATE // 10
+    assert data.read_clips(libri / "train-clean-100") == clips
+
+
+def test_another_split_does_not_stand_in_for_a_missing_one(libri):
+    """Or a misspelt test split would be scored on training clips."""
+    refused(
+        FileNotFoundError,
+        partial(data.read_clips, libri, "test-clean"),
+        f"{libri}: no split 'test-clean'",
+        "nor *.trans.txt (LibriSpeech); found dev-clean, train-clean-100. Check --data and --split",
+    )
+
+
+@pytest.mark.parametrize("line", ["84-7-0001", "84-7-0001 ", ""])
+def test_a_transcript_line_without_a_text_is_refused(libri, line):
+    file = write_lines(libri / "dev-clean/84/7/84-7.trans.txt", "84-7-0000 A", line, "84-7-0002 B")
+    say = f"{file}:2: {line!r}; expected an id, a space and a text"
+    refused(ValueError, partial(data.read_clips, libri, "dev-clean"), say)
+
+
+# -------------------------------------------------------------------------------- JSONL manifests
+
+
+def test_a_manifest_names_audio_beside_it_and_keeps_what_else_it_says(tmp_path):
+    """Relative and absolute paths, blank lines, CRLF, and the line separators of other scripts."""
+    rows = [
+        {"audio": "a.mp3", "text": "hello", "accent": "us", "age": 7},
+        {"audio": "/far/b.mp3", "text": "two\u2028lines and \x85 more"},
+    ]
+    text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file = tmp_path / "sub/list.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(text.encode() + b"\r\n")
+    assert data.read_clips(file) == [
+        data.Clip(str(tmp_path / "sub/a.mp3"), "hello", {"accent": "us", "age": "7"}),
+        data.Clip("/far/b.mp3", rows[1]["text"], {}),
+    ]
+
+
+GOOD = '{"audio": "a.mp3", "text": "hello"}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"audio": "a.mp3"}',
+        '{"text": "hello"}',
+        '{"audio": 3, "text": "hello"}',
+        '{"audio": "a.mp3", "text": null}',
+        "[]",
+    ],
+)
+def test_a_manifest_line_without_audio_or_text_is_refused_with_its_number(tmp_path, line):
+    file = write_lines(tmp_path / "list.jsonl", GOOD, "", line, GOOD)
+    say = f"{file}:3: no audio or no text; expected an object with both as strings, such as {GOOD}"
+    refused(ValueError, partial(data.read_clips, file), say)
+
+
+def test_a_manifest_line_that_is_no_json_is_refused_with_its_number(tmp_path):
+    file = write_lines(tmp_path / "list.jsonl", GOOD, "{'audio': 'a.mp3'}", GOOD)
+    say = f"{file}:2: not JSON (Expecting property name"
+    refused(ValueError, partial(data.read_clips, file), say, f"one object a line such as {GOOD}")
+
+
+def test_a_path_that_is_no_data_is_refused(tmp_path):
+    """Nothing there, an empty manifest, a recording in place of a manifest, another encoding."""
+    refused(
+        FileNotFoundError,
+        partial(data.read_clips, tmp_path / "nowhere"),
+        f"{tmp_path / 'nowhere'}: no such file or folder; expected a Common Voice folder",
+        "LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data",
+    )
+    empty = tmp_path / "list.jsonl"
+    empty.write_text("\n")
+    refused(ValueError, partial(data.read_clips, empty), f"{empty}: split 'train' lists no clip")
+    sound = write_audio(tmp_path / "a.flac", tone(440, 0.1))
+    say = "not text in UTF-8 ('utf-8' codec"
+    refused(ValueError, partial(data.read_clips, sound), f"{sound}: {say}", "a JSONL manifest")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "train.tsv").write_bytes("path\tsentence\na.mp3\tgrün\n".encode("latin-1"))
+    refused(ValueError, partial(data.read_clips, tmp_path), f"{tmp_path}: {say}")
+
+
+# ------------------------------------------------------------------------------------------- audio
+
+
+def part_of(samples: np.ndarray, hertz: float, rate: int = RATE) -> float:
+    """Amplitude of a frequency, by projection; the first and last 50 ms (filter edges) are cut."""
+    inner = np.arange(rate // 20, len(samples) - rate // 20)
+    wave = np.exp(-2j * np.pi * hertz * inner / rate) * np.hanning(len(inner))
+    return 2 * abs(np.dot(samples[inner], wave)) / np.hanning(len(inner)).sum()
+
+
+@pytest.mark.parametrize("hertz", [440, 3000])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_any_rate_becomes_16_khz_with_the_same_tone_and_length(tmp_path, rate, hertz):
+    """Frequency and amplitude survive, and nothing else appears."""
+    for seconds in (0.5, 0.3337):
+        sound = tone(hertz, seconds, rate)
+        samples = data.load_audio(write_audio(tmp_path / "a.wav", sound, rate, subtype="FLOAT"))
+        assert samples.dtype == np.float32 and samples.ndim == 1
+        assert len(samples) == -(-len(sound) * RATE // rate), "ceil: at most one sample more"
+        # scipy's default low-pass (Kaiser, beta 5) ripples by 0.1 % in the band
+        assert abs(part_of(samples, hertz) - 0.5) < 0.001
+        middle = slice(RATE // 20, len(samples) - RATE // 20)
+        error = samples[middle] - tone(hertz, 1)[: len(samples)][middle]
+        assert np.abs(error).max() < 0.002  # the same ripple, and images of the tone below -48 dB
+
+
+def test_16_khz_mono_passes_unchanged(tmp_path):
+    sound = np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+    file = write_audio(tmp_path / "a.wav", sound, subtype="FLOAT")
+    np.testing.assert_array_equal(data.load_audio(file), sound)
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000, 96_000])
+def test_a_tone_above_the_new_nyquist_frequency_is_removed(tmp_path, rate):
+    """10 kHz, a quarter above 8 kHz, is 50 dB down in every form: no alias at 6 kHz is heard.
+
+    Taking every third sample would leave the alias at 0 dB; a filter that is too short, at -20 dB.
+    """
+    file = write_audio(tmp_path / "a.wav", tone(10_000, 0.5, rate), rate, subtype="FLOAT")
+    inner = data.load_audio(file)[RATE // 20 : -RATE // 20]
+    left = 20 * np.log10(np.sqrt(2 * np.mean(inner**2)) / 0.5)
+    assert left < -50, f"{left:.1f} dB of the tone are left"
+
+
+def test_channels_are_averaged(tmp_path):
+    """Two voices on two channels are both heard at half their amplitude."""
+    sound = np.stack([tone(440, 0.5, 48_000, 0.8), tone(1000, 0.5, 48_000, 0.4)], 1)
+    samples = data.load_audio(write_audio(tmp_path / "a.wav", sound, 48_000, subtype="FLOAT"))
+    assert samples.shape == (RATE // 2,)
+    # 0.1 %: ripple of the low-pass
+    assert abs(part_of(samples, 440) - 0.4) < 0.001 and abs(part_of(samples, 1000) - 0.2) < 0.001
+
+
+FORMATS = {  # how it is written, and by how much the tone's amplitude may change
+    "wav": ({"subtype": "PCM_16"}, 0.001),
+    "flac": ({}, 0.001),
+    "ogg": ({"format": "OGG", "subtype": "VORBIS"}, 0.02),  # lossy
+    "opus": ({"format": "OGG", "subtype": "OPUS"}, 0.02),
+    "mp3": ({}, 0.02),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_usual_format_is_decoded(tmp_path, kind):
+    """Same length to the sample (encoder delay is taken away) and the same tone."""
+    how, tolerance = FORMATS[kind]
+    file = write_audio(tmp_path / f"a.{kind}", tone(440, 0.5, 48_000), 48_000, **how)
+    samples = data.load_audio(file)
+    assert len(samples) == RATE // 2
+    assert abs(part_of(samples, 440) - 0.5) < tolerance
+    assert np.abs(samples).max() < 0.6  # overshoot at the edges
+
+
+def test_a_missing_recording_is_refused(tmp_path):
+    for path in (tmp_path / "a.wav", tmp_path):
+        say = f"{path} is missing; expected an audio file. Check the path"
+        refused(FileNotFoundError, partial(data.load_audio, path), say)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF, but not really", b"ID3\x04" + bytes(500)])
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.ogg"])
+def test_what_is_no_audio_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    refused(
+        ValueError,
+        partial(data.load_audio, tmp_path / name),
+        f"{tmp_path / name}: not audio that can be decoded (",
+        "expected MP3, FLAC, Ogg or WAV. Convert or remove the file",
+    )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_a_recording_cut_short_is_refused(tmp_path, share):
+    """FLAC's header says how long it is, so that a clip does not lose its last words unnoticed."""
+    file = write_audio(tmp_path / "a.flac", tone(440, 2) + tone(1234, 2, peak=0.1))
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    say = f"{file}: not audio that can be decoded ("
+    refused(ValueError, partial(data.load_audio, file), say, "Convert or remove the file")
+
+
+def test_a_recording_without_samples_is_refused(tmp_path):
+    file = write_audio(tmp_path / "a.wav", np.zeros(0))
+    say = f"{file}: no samples; expected audio. Record it again or remove it"
+    refused(ValueError, partial(data.load_audio, file), say)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_a_recording_with_a_number_that_is_not_finite_is_refused(tmp_path, value, rate):
+    """One sample of one channel is enough."""
+    sound = np.zeros((100, 2), np.float32)
+    sound[50, 1] = value
+    file = write_audio(tmp_path / "a.wav", sound, rate, subtype="FLOAT")
+    say = f"{file}: holds NaN or infinity; expected samples in [-1, 1]. Remove it"
+    refused(ValueError, partial(data.load_audio, file), say)
+
+
+def test_padding_puts_silence_behind_and_cuts_nothing():
+    """A clip as long as the window fits; one sample more is an error that gives both lengths."""
+    clips = [np.ones(3, np.float32), np.ones(5, np.float32), np.ones(0, np.float32)]
+    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(data.pad(clips, 5), expected)
+    refused(
+        ValueError,
+        partial(data.pad, [np.ones(48_001, np.float32)], 48_000),
+        "a clip has 3.00 s; expected at most the model's window of 3 s. Split it at a pause",
+    )
+
+
+# --------------------------------------------------------------------------------- what can be used
+
+
+def test_the_table_of_durations_saves_opening_the_files(voice, monkeypatch):
+    write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500", "a.mp3\t31")
+    clips = data.read_clips(voice)
+    monkeypatch.setattr(data.sf, "info", lambda file: pytest.fail(f"{file} was opened"))
+    assert data.seconds_of(clips) == [0.031, 2.5]
+
+
+def test_durations_come_from_the_headers_otherwise(voice):
+    """Also for a clip that the table does not list; what has no header counts as 0 s."""
+    (voice / "clips/b.mp3").write_bytes(b"RIFF, but not really")
+    clips = [*data.read_clips(voice), data.Clip(str(voice / "clips/gone.mp3"), "x")]
+    assert data.seconds_of(clips) == pytest.approx([0.25, 0, 0], abs=1e-9)
+    write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500")
+    assert data.seconds_of(clips) == pytest.approx([0.25, 2.5, 0], abs=1e-9)
+
+
+@pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2"])
+def test_a_damaged_table_of_durations_is_refused_with_its_line(voice, row):
+    file = write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500", row)
+    say = "expected a file name and milliseconds. Unpack the corpus again, or remove the table"
+    action = partial(data.seconds_of, data.read_clips(voice))
+    refused(ValueError, action, f"{file}:3: ", say)
+
+
+def write_corpus(folder: Path, *clips: tuple[float, str]) -> list[data.Clip]:
+    """Clips of (seconds, text)."""
+    result = []
+    for i, (seconds, text) in enumerate(clips):
+        file = write_audio(folder / f"{i}.wav", tone(300 + 50 * i, seconds))
+        result.append(data.Clip(str(file), text))
+    return result
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """A token for each word: its length, behind a 100."""
+    return [[100 + len(word) for word in text.split()] for text in texts]
+
+
+def test_clips_that_do_not_fit_are_left_out_counted_and_reported(tmp_path, caplog):
+    """Too long, too many tokens, no token; exactly at a limit fits."""
+    clips = write_corpus(
+        tmp_path,
+        (0.5, "a bb ccc"),  # at both limits
+        (0.5001, "a"),
+        (0.1, "a b c d"),
+        (0.1, "bb"),
+        (0.1, " "),
+        (0.1, ""),
+        (0.6, "a b c d e"),  # counted once
+    )
+    corpus = data.prepare(clips, encode, RATE // 2, max_tokens=3)
+    assert corpus.clips == [clips[0], clips[3]] and corpus.ids == [[101, 102, 103], [102]]
+    assert (corpus.too_long, corpus.too_wordy, corpus.wordless) == (2, 1, 2)
+    assert corpus.window_samples == RATE // 2 and corpus.undecodable == {}
+    assert [r.getMessage() for r in caplog.records] == [
+        "left out 5 of 7 clips: 2 longer than 0.5 s, 1 of more than 3 tokens, 2 without a token"
+    ]
+
+
+def test_a_corpus_that_fits_is_kept_without_a_word(tmp_path, caplog):
+    clips = write_corpus(tmp_path, (0.1, "a"), (0.2, "b c"))
+    corpus = data.prepare(clips, encode, RATE, max_tokens=3)
+    assert corpus.clips == clips and not caplog.records
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(1, 8), (8, 8), (9, 16)])
+def test_the_padded_length_is_the_longest_rounded_up_to_8(tmp_path, longest, padded):
+    clips = write_corpus(tmp_path, (0.1, "a"), (0.1, "b " * longest), (0.1, "c " * 30))
+    assert data.prepare(clips, encode, RATE, max_tokens=20).max_length == padded
+
+
+def test_nothing_left_is_an_error_that_says_why(tmp_path):
+    clips = write_corpus(tmp_path, (0.5, "a"), (0.1, "a b c d"), (0.1, ""))
+    refused(
+        ValueError,
+        partial(data.prepare, clips, encode, RATE // 4, 3),
+        f"{clips[0].audio}: none of 3 clips can be used (1 longer than 0.25 s, 1 of more than 3 "
+        "tokens, 1 without a token); expected speech of at most 0.25 s. Check --data and --split",
+    )
+    refused(ValueError, partial(data.prepare, [], encode, RATE, 3), "the corpus: none of 0 clips")
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+WINDOW = 64  # samples
+
+
+def made_up(count: int) -> data.Corpus:
+    """Clip i has the tokens [i + 1, ...] and, through Decoder, audio of its own."""
+    clips = [data.Clip(f"{i}.wav", "") for i in range(count)]
+    return data.Corpus(clips, [[i + 1] * (1 + i % 5) for i in range(count)], WINDOW, 8)
+
+
+class Decoder:
+    """In place of load_audio, which takes a while: which clips were asked for, by which threads."""
+
+    def __init__(self):
+        self.asked: list[int] = []
+        self.threads: set[int] = set()
+
+    def __call__(self, path: str) -> np.ndarray:
+        self.asked.append(number := int(Path(path).stem))
+        self.threads.add(threading.get_ident())
+        return np.full(20 + number % 40, (number + 1) / 1000, np.float32)
+
+
+@pytest.fixture
+def decoder(monkeypatch) -> Decoder:
+    decoder = Decoder()
+    monkeypatch.setattr(data, "load_audio", decoder)
+    return decoder
+
+
+@pytest.fixture(autouse=True)
+def no_thread_decodes_on(monkeypatch) -> Iterator[None]:
+    """Into the next test, that is, where load_audio is another one."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(5)
+
+
+def take(count: int, corpus: data.Corpus, **how) -> list[dict[str, np.ndarray]]:
+    with closing(data.batches(corpus, **how)) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def numbers(batch: dict[str, np.ndarray]) -> list[int]:
+    """Which clips of the made-up corpus a batch holds."""
+    return [int(n) - 1 for n in batch["ids"][:, 0]]
+
+
+def equal(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> None:
+    """Bit for bit."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key], err_msg=key, strict=True)
+
+
+few = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `decoder` has no state to reset
+)
+
+
+def test_a_batch_holds_audio_tokens_lengths_and_weights(decoder):
+    """Types and shapes; tokens and audio belong together; zeros behind both."""
+    corpus = made_up(30)
+    batch = take(1, corpus, batch_size=12, seed=0)[0]
+    assert {key: (x.dtype, x.shape) for key, x in batch.items()} == {
+        "audio": (np.float32, (12, WINDOW)),
+        "ids": (np.int32, (12, 8)),
+        "lengths": (np.int32, (12,)),
+        "weights": (np.float32, (12,)),
+    }
+    assert len(set(numbers(batch))) == 12 and set(batch["weights"]) == {1.0}
+    for row, n in enumerate(numbers(batch)):
+        ids = corpus.ids[n]
+        assert batch["lengths"][row] == len(ids)
+        assert batch["ids"][row].tolist() == ids + [0] * (8 - len(ids))
+        audio, length = batch["audio"][row], 20 + n % 40
+        # 16 bits: half a step of 1 / 32767
+        assert np.abs(audio[:length] - (n + 1) / 1000).max() < 0.51 / 32767
+        assert not audio[length:].any()
+
+
+def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
+    """Real files at another rate; what is louder than full scale is limited, and does not wrap."""
+    loud = tone(440, 0.3, 48_000, peak=1.5)
+    quiet = tone(440, 0.2, 44_100, peak=0.01)
+    files = [
+        write_audio(tmp_path / "loud.wav", loud, 48_000, subtype="FLOAT"),
+        write_audio(tmp_path / "quiet.wav", quiet, 44_100, subtype="FLOAT"),
+    ]
+    corpus = data.Corpus([data.Clip(str(f), "") for f in files], [[1], [2]], RATE, 8)
+    batch = take(1, corpus, batch_size=2, seed=0)[0]
+    for n, file in enumerate(files):
+        audio = batch["audio"][numbers(batch).index(n)]
+        expected = np.clip(data.load_audio(file), -1, 1)
+        # half a step of 1 / 32767; at full scale int16 goes one step below -1
+        assert np.abs(audio[: len(expected)] - expected).max() < 1.01 / 32767
+        assert not audio[len(expected) :].any()
+
+
+@few
+@given(
+    count=st.integers(1, 12),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    start=st.integers(0, 15),
+)
+def test_a_batch_is_a_function_of_seed_and_step(decoder, count, batch_size, seed, start):
+    """Starting at step k gives what the k-th step from 0 gives: a resumed run sees the same."""
+    how = dict(batch_size=batch_size, seed=seed)
+    whole = take(start + 3, made_up(count), **how)
+    equal(take(3, made_up(count), **how, start_step=start), whole[start:])
+
+
+def test_another_seed_gives_another_order(decoder):
+    orders = {
+        tuple(numbers(take(1, made_up(20), batch_size=20, seed=seed)[0])) for seed in range(5)
+    }
+    assert len(orders) == 5
+
+
+@few
+@given(count=st.integers(1, 12), batch_size=st.integers(1, 9), seed=st.integers(0, 9))
+def test_every_clip_comes_once_per_epoch(decoder, count, batch_size, seed):
+    """Also where an epoch ends within a batch: nothing is dropped and nothing is doubled."""
+    steps = -(-4 * count // batch_size)
+    batches = take(steps, made_up(count), batch_size=batch_size, seed=seed)
+    dealt = [n for batch in batches for n in numbers(batch)]
+    for epoch in range(4):
+        assert sorted(dealt[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_epochs_are_shuffled_differently(decoder):
+    """And none is in the order of the files."""
+    epochs = [tuple(numbers(b)) for b in take(5, made_up(20), batch_size=20, seed=0)]
+    assert len({*epochs, tuple(range(20))}) == 6
+
+
+@few
+@given(
+    count=st.integers(1, 12),
+    rows=st.integers(1, 4),
+    processes=st.sampled_from([2, 4]),
+    start=st.integers(0, 9),
+)
+def test_the_rows_of_all_processes_are_the_batch_of_one(decoder, count, rows, processes, start):
+    """In the order of the processes, from any step on: the number of hosts changes no number."""
+    how = dict(batch_size=rows * processes, seed=1, start_step=start)
+    whole = take(3, made_up(count), **how)
+    parts = [
+        take(3, made_up(count), **how, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    for step, batch in enumerate(whole):
+        together = {key: np.concatenate([part[step][key] for part in parts]) for key in batch}
+        equal([together], [batch])
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    refused(
+        ValueError,
+        partial(data.batches, made_up(3), batch_size=10, seed=0, process_count=4),
+        "--batch-size 10: cannot be shared equally by 4 processes; expected a multiple of 4",
+    )
+
+
+def test_decoding_keeps_ahead_by_four_batches_and_no_more(decoder):
+    """Other threads decode while the first batch is used; memory holds AHEAD batches beside it."""
+    with closing(data.batches(made_up(1000), batch_size=5, seed=0)) as batches:
+        next(batches)
+        ahead = (1 + data.AHEAD) * 5
+        deadline = time.monotonic() + 10
+        while len(decoder.asked) < ahead:
+            assert time.monotonic() < deadline, f"{len(decoder.asked)} clips, not {ahead}"
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(decoder.asked) == ahead, "clips decoded after one batch"
+    assert threading.get_ident() not in decoder.threads
+
+
+def test_a_small_corpus_is_decoded_once_and_a_large_one_again(decoder, monkeypatch):
+    """Up to IN_MEMORY clips stay; the batches are the same."""
+    kept = take(10, made_up(6), batch_size=6, seed=0)
+    assert len(decoder.asked) <= 4 * 6, "each of four threads may meet a clip before it is there"
+    monkeypatch.setattr(data, "IN_MEMORY", 5)
+    decoder.asked.clear()
+    again = take(10, made_up(6), batch_size=6, seed=0)
+    assert len(decoder.asked) >= 60
+    equal(kept, again)
+
+
+# --------------------------------------------------------------------------------- clips that fail
+
+
+@pytest.mark.parametrize("in_memory", [10, 0])
+def test_a_corrupt_clip_among_good_ones(tmp_path, monkeypatch, caplog, in_memory):
+    """Weight 0 and silence in each epoch; named in the log once; counted. The others are heard."""
+    monkeypatch.setattr(data, "IN_MEMORY", in_memory)
+    clips = write_corpus(tmp_path, *[(0.2, "a bb")] * 5)
+    Path(clips[1].audio).write_bytes(b"RIFF, but not really")
+    Path(clips[3].audio).unlink()
+    corpus = data.prepare(clips, lambda texts: [[i + 1] for i in range(5)], RATE, 3)
+    assert corpus.clips == clips, "what cannot be opened is found when it is decoded"
+    seen = 0
+    for batch in take(15, corpus, batch_size=2, seed=0):  # six epochs
+        for n, weight, audio in zip(numbers(batch), batch["weights"], batch["audio"], strict=True):
+            assert weight == (n not in (1, 3))
+            assert np.abs(audio).max() == (pytest.approx(0.5, abs=0.01) if weight else 0)
+            seen += weight == 0
+    assert seen == 12
+    assert corpus.undecodable.keys() == {clips[1].audio, clips[3].audio}
+    assert corpus.undecodable[clips[1].audio].startswith(f"{clips[1].audio}: not audio that can be")
+    assert corpus.undecodable[clips[3].audio].startswith(f"{clips[3].audio} is missing")
+    said = sorted(r.getMessage() for r in caplog.records)
+    assert said == sorted(f"weight 0: {reason}" for reason in corpus.undecodable.values())
+
+
+def test_threads_that_meet_a_corrupt_clip_at_once_name_it_once(monkeypatch, caplog):
+    """Four threads, one clip: whoever comes first says it."""
+
+    class Slow(ValueError):
+        def __str__(self) -> str:
+            time.sleep(0.02)  # the others arrive in this time
+            return "0.wav: broken"
+
+    def broken(path: str):
+        raise Slow
+
+    monkeypatch.setattr(data, "load_audio", broken)
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    take(2, made_up(1), batch_size=8, seed=0)
+    assert len([r for r in caplog.records if r.msg.startswith("weight 0")]) == 1
+
+
+def test_a_clip_longer_than_the_table_says_has_weight_0_and_is_not_cut(voice):
+    """The table says 250 and 100 ms; the second recording has 400 ms, and the window 300."""
+    write_audio(voice / "clips/b.mp3", tone(440, 0.4, 48_000), 48_000)
+    write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "a.mp3\t250", "b.mp3\t100")
+    clips = data.read_clips(voice)
+    window = RATE * 3 // 10
+    corpus = data.prepare(clips, lambda texts: [[1], [2]], window, 3)
+    assert corpus.clips == clips
+    batch = take(1, corpus, batch_size=2, seed=0)[0]
+    a, b = (numbers(batch).index(n) for n in (0, 1))
+    assert batch["weights"][[a, b]].tolist() == [1, 0]
+    assert batch["audio"][a].any() and not batch["audio"][b].any()
+    [(file, reason)] = corpus.undecodable.items()
+    assert file == clips[1].audio
+    assert f"{file}: 0.40 s, longer than its header says; expected at most 0.3 s" in reason
+
+
+def test_a_clip_as_long_as_the_window_survives_the_rounding_of_its_resampling(tmp_path):
+    """0.3 s at 44.1 kHz and one sample more are 4,801 samples at 16 kHz: 0.06 ms, not 0 weight."""
+    write_audio(tmp_path / "clips/a.wav", tone(440, 0.3 + 1 / 44_100, 44_100), 44_100)
+    write_lines(tmp_path / "clip_durations.tsv", "clip\tduration[ms]", "a.wav\t300")
+    write_lines(tmp_path / "train.tsv", OLD, "v1\ta.wav\thello\t2\t0\t\t\t")
+    clips = data.read_clips(tmp_path)
+    assert len(data.load_audio(clips[0].audio)) == 4801
+    corpus = data.prepare(clips, encode, 4800, 3)
+    batch = take(1, corpus, batch_size=1, seed=0)[0]
+    assert batch["weights"] == [1] and batch["audio"].shape == (1, 4800)
+    assert batch["audio"][0, -100:].any() and not corpus.undecodable
