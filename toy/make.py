@@ -71,7 +71,8 @@ MORE_SPEAKERS = (
 FEMALE = {"f1", "f2", "f3", "f4", "f5", "Linda", "Andrea", "Annie"}
 CLIPS = {"train": 3500, "dev": 400, "test": 1760}
 HELD_OUT = {"test": 0.35, "dev": 0.10}  # share of the sentences of every kind
-RANDOM_SHARE = 0.4  # of the clips to train on: random words, so that words are learnt, not lines
+# Of the clips to train on: strings of random words, so that words are learnt and not lines.
+RANDOM_SHARE = 0.4
 WHISPER_CLIPS = 14_000
 
 
@@ -443,7 +444,7 @@ def whisper_clips() -> list[tuple[str, bytes]]:
     return [(t.sentence.text, a) for t, a in zip(takes, record_all(takes), strict=True)]
 
 
-def make_whisper(clips: list[tuple[str, bytes]], steps: int = 6000, batch_size: int = 32) -> None:
+def make_whisper(clips: list[tuple[str, bytes]], steps: int = 8000, batch_size: int = 20) -> None:
     """Write toy/whisper: config.json, tokenizer files, and weights trained on spoken sentences."""
     folder = TOY / "whisper"
     folder.mkdir(exist_ok=True)
@@ -493,7 +494,7 @@ def make_whisper(clips: list[tuple[str, bytes]], steps: int = 6000, batch_size: 
 # ---------------------------------------------------------------------------------------------
 # The student, and all together
 
-LONG_STEPS = 12_000
+LONG_STEPS = 15_000
 
 
 def make_diva() -> None:

@@ -1,0 +1,139 @@
+"""The toy universe: what is held out is held out, the files are in the published layouts, and the
+shipped models do what README says of them."""
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+
+import data
+import eval as evaluation
+import llama
+import whisper
+
+TOY = Path(__file__).parents[1] / "toy"
+CORPUS = TOY / "common_voice" / "en"
+SPLITS = ("train", "dev", "test")
+sys.path.insert(0, str(TOY))
+
+import make  # noqa: E402
+import world  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict[str, str]]]:
+    """The lines of each split's TSV."""
+    found = {}
+    for split in SPLITS:
+        with (CORPUS / f"{split}.tsv").open(encoding="utf-8", newline="") as lines:
+            found[split] = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return found
+
+
+@pytest.mark.parametrize("column", ["sentence", "client_id", "path"])
+def test_no_sentence_and_no_voice_is_in_two_splits(rows, column):
+    """Nothing that is tested was ever heard in training, neither the words nor the voice."""
+    values = {split: {row[column] for row in rows[split]} for split in SPLITS}
+    assert all(values.values())
+    assert not values["train"] & values["dev"]
+    assert not values["train"] & values["test"]
+    assert not values["dev"] & values["test"]
+
+
+def test_the_clips_are_those_that_the_recipe_would_make(rows):
+    """Sizes, sentences and speakers of every split are those of make.py and world.py."""
+    planned = make.split_sentences()
+    for split in SPLITS:
+        assert len(rows[split]) == make.CLIPS[split]
+        assert {row["client_id"] for row in rows[split]} == set(make.SPEAKERS[split])
+        known = {sentence.text for sentence in planned[split]}
+        strange = [row["sentence"] for row in rows[split] if row["sentence"] not in known]
+        share = make.RANDOM_SHARE if split == "train" else 0
+        assert abs(len(strange) / len(rows[split]) - share) < 0.02
+        assert {word for text in strange for word in text.split()} <= set(world.spoken_words())
+
+
+def test_whisper_never_hears_a_speaker_of_the_other_splits():
+    """The voices that Whisper alone hears are none of those that dev and test are spoken in."""
+    heard = {voice.lower() for voice in make.SPEAKERS["train"] + make.MORE_SPEAKERS}
+    assert not heard & {voice.lower() for s in ("dev", "test") for voice in make.SPEAKERS[s]}
+
+
+def test_every_accent_is_spoken_about_equally_often(rows):
+    """At least eight accents, in each split within a tenth of an equal share."""
+    for split in SPLITS:
+        counts = Counter(row["accents"] for row in rows[split])
+        assert set(counts) == set(make.ACCENTS) and len(counts) >= 8
+        assert max(counts.values()) <= 1.1 * len(rows[split]) / len(counts)
+
+
+def test_every_clip_is_sixteen_kilohertz_mono_and_fits_the_window(rows):
+    """Headers of all clips; none is longer than the encoder's window."""
+    window = json.loads((TOY / "whisper/config.json").read_text())["max_source_positions"] / 50
+    for split in SPLITS:
+        for row in rows[split]:
+            info = soundfile.info(CORPUS / "clips" / row["path"])
+            assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "OPUS")
+            assert 0.3 < info.duration <= window
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_tasks_ask_of_each_clip_what_its_sentence_is_for(rows, split):
+    """tasks/SPLIT.jsonl has one line a clip, with the reference of world.py."""
+    references = {s.text: (s.task, s.answer) for s in world.sentences()}
+    lines = [json.loads(x) for x in (TOY / "tasks" / f"{split}.jsonl").read_text().splitlines()]
+    assert len(lines) == len(rows[split])
+    for line, row in zip(lines, rows[split], strict=True):
+        assert (TOY / "tasks" / line["audio"]).resolve() == CORPUS / "clips" / row["path"]
+        assert (line["text"], line["accent"]) == (row["sentence"], row["accents"])
+        assert (line["task"], line["answer"]) == references[row["sentence"]]
+
+
+def test_the_universe_is_small():
+    """All of it, as it lies in the repository: at most 25 MB."""
+    assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) <= 25e6
+
+
+# ---------------------------------------------------------------------------------------------
+# The shipped models
+
+
+def test_the_shipped_llama_knows_its_universe():
+    """At least 98 % of the dev split's questions, sentences, emotions and repetitions in text."""
+    tasks = evaluation.read_tasks(TOY / "tasks")
+    items = evaluation.read_items(TOY / "tasks", "dev", tasks)
+    chat, llm = llama.Chat.load(TOY / "llama"), llama.Llama.load(TOY / "llama")
+    asked = sorted({(item.task, item.text) for item in items})
+    said = evaluation.Responder(llm, chat, tasks, 64).texts(asked, lambda _: None)
+    right = [said[i.task, i.text].lower() == i.answer.lower() for i in items]
+    assert np.mean(right) >= 0.98
+
+
+def test_the_shipped_whisper_transcribes(rows):
+    """At most @@WER@@ % word errors on 128 dev clips, in voices that it has never heard."""
+    asr = whisper.Transcriber.load(TOY / "whisper")
+    some = rows["dev"][:128]
+    clips = [data.load_audio(CORPUS / "clips" / row["path"]) for row in some]
+    heard = asr(jnp.asarray(data.pad(clips, asr.model.config.window_samples)))
+    errors = sum(evaluation.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
+    assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.99
+
+
+def test_the_shipped_student_understands_speech(tmp_path):
+    """From speech, on the dev split: questions and emotions far above the untrained connector."""
+    config = json.loads((TOY / "diva/config.json").read_text())
+    for key in ("reference_encoder", "reference_decoder"):
+        config[key] = str((TOY / "diva" / config[key]).resolve())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(TOY / "diva/model.safetensors")
+    tasks = evaluation.evaluate(tmp_path, TOY / "tasks", split="dev", limit=64)["tasks"]
+    assert tasks["spoken_qa"]["diva"]["score"] >= 0.75
+    assert tasks["emotion"]["diva"]["score"] >= 0.90
+    assert tasks["translation"]["diva"]["score"] >= 0.6 * tasks["translation"]["text"]["score"]
+    assert tasks["spoken_qa"]["untrained"]["score"] < 0.15
