@@ -116,13 +116,13 @@ def test_the_shipped_llama_knows_its_universe():
 
 
 def test_the_shipped_whisper_transcribes(rows):
-    """At most @@WER@@ % word errors on 128 dev clips, in voices that it has never heard."""
+    """At most 5 % word errors on 128 dev clips, in voices that it has never heard."""
     asr = whisper.Transcriber.load(TOY / "whisper")
     some = rows["dev"][:128]
     clips = [data.load_audio(CORPUS / "clips" / row["path"]) for row in some]
     heard = asr(jnp.asarray(data.pad(clips, asr.model.config.window_samples)))
     errors = sum(evaluation.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
-    assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.99
+    assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.05
 
 
 def test_the_shipped_student_understands_speech(tmp_path):

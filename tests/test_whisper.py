@@ -83,6 +83,13 @@ def test_audio_of_another_window_is_refused(model):
         model.encoder(mel)
 
 
+def test_silence_is_a_floor_and_not_a_nan(model):
+    """Digital silence is -10 decades everywhere, (-10 + 4) / 4 = -1.5, and gives finite states."""
+    mel = whisper.log_mel(jnp.zeros((1, model.config.window_samples)), 80)
+    np.testing.assert_allclose(mel, -1.5, atol=1e-6)  # one rounding of log10 in f32
+    assert jnp.isfinite(model.encoder(mel)).all()
+
+
 def test_another_activation_is_refused(tmp_path):
     shutil.copytree(FIXTURES / NAMES[0], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text()) | {"activation_function": "relu"}
