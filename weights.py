@@ -200,6 +200,7 @@ def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+    partial.chmod(0o644)  # safetensors makes files that their owner alone may read
     partial.rename(target)
     return target
 
