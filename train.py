@@ -723,7 +723,9 @@ def run(config: Config) -> None:
             return
     curve = plot(out)
     print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    if config.tasks and not (out / "eval.json").is_file():
+    if (out / "eval.json").is_file():
+        print(evaluation.table(weights.read_json(out / "eval.json")))
+    elif config.tasks:
         evaluation.evaluate(out, Path(config.tasks))
     print(f"hear as it does: python connector.py CLIP --model {out}")
 

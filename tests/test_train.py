@@ -525,7 +525,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path)
 
 
 def test_a_finished_run_is_not_run_again(root, finished, monkeypatch, capsys):
-    """Started again it says so and only evaluates, once, if there are tasks."""
+    """Started again it says so, and evaluates if that is still to do; or shows the table again."""
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     asked = []
     monkeypatch.setattr(train.evaluation, "evaluate", lambda *args, **_: asked.append(args))
@@ -533,6 +533,11 @@ def test_a_finished_run_is_not_run_again(root, finished, monkeypatch, capsys):
     assert "is finished (30 steps)" in capsys.readouterr().out and not asked
     train.run(config_of(root, finished, tasks="some/tasks"))
     assert [Path(x) for x in asked[0][:2]] == [finished, Path("some/tasks")]
+    report = finished / "eval.json"
+    report.write_text((Path(train.__file__).parent / "toy/diva/eval.json").read_text())
+    train.run(config_of(root, finished, tasks="some/tasks"))
+    report.unlink()
+    assert "spoken_qa" in capsys.readouterr().out and len(asked) == 1
 
 
 # ----------------------------------------------------------------------------- when things go wrong
