@@ -212,7 +212,7 @@ def main(
     queries = len(trained.connector.query_tokens)
     asr = whisper.Whisper.load(asr_path)
     untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
-    audio = jnp.asarray(data.pad([data.load_audio(clip)], trained.window_samples))
+    audio = jnp.asarray(data.load_window(clip, trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
         virtual = eqx.filter_jit(diva.virtual_tokens)(audio)

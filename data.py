@@ -199,6 +199,15 @@ def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:
     return batch
 
 
+def load_window(path: str | Path, window: int) -> Float32[np.ndarray, "1 S"]:
+    """A file as one row, padded to the window. Raises as `load_audio` and `pad` do, by name."""
+    samples = load_audio(path)
+    try:
+        return pad([samples], window)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def seconds_of(clips: list[Clip]) -> list[float]:
     """Length of each clip without decoding: Common Voice's clip_durations.tsv, else the headers.
 

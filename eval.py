@@ -556,10 +556,10 @@ def loaded(
         audio = np.zeros((size, window), np.float32)
         for row, clip in zip(audio, some, strict=False):
             try:
-                row[:] = data.pad([data.load_audio(clip)], window)[0]
+                row[:] = data.load_window(clip, window)[0]
             except (ValueError, OSError) as error:
                 failed[clip] = str(error)
-                tqdm.write(f"counted as wrong: {clip}: {error}")
+                tqdm.write(f"counted as wrong: {error}")
         return some, audio, failed
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

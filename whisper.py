@@ -504,7 +504,7 @@ def main(
     import data  # decoding is data.py's concept; the model itself does not need it
 
     asr = Transcriber.load(model, language)
-    audio = data.pad([data.load_audio(clip)], asr.model.config.window_samples)
+    audio = data.load_window(clip, asr.model.config.window_samples)
     print(asr(jnp.asarray(audio))[0])
 
 

@@ -396,6 +396,19 @@ def test_padding_puts_silence_behind_and_cuts_nothing():
     )
 
 
+def test_a_file_is_padded_to_the_window_or_refused_by_name(tmp_path):
+    """One row with silence behind; what does not fit is an error that names the file, once."""
+    file = write_audio(tmp_path / "a.wav", tone(440, 1.5))
+    row = data.load_window(file, 2 * RATE)
+    assert row.shape == (1, 2 * RATE) and not row[0, 3 * RATE // 2 :].any()
+    np.testing.assert_array_equal(row[0, : 3 * RATE // 2], data.load_audio(file))
+    refused(
+        ValueError,
+        partial(data.load_window, file, RATE),
+        f"{file}: a clip has 1.50 s; expected at most the model's window of 1 s. Split it at a",
+    )
+
+
 # --------------------------------------------------------------------------------- what can be used
 
 

@@ -1,11 +1,11 @@
 """Rebuild the toy universe from nothing: `python toy/make.py` (needs the espeak-ng program).
 
-Four steps, each seeded, each skipped where its result is already there:
+Four steps, each seeded, each skipped where its result is already there; on two idle cores about
 
-    speech    espeak-ng speaks the sentences of world.py in 8 accents -> common_voice/en, tasks/
-    llama     a tiny Llama learns to answer, translate and name emotions, in text only
-    whisper   a tiny Whisper learns to transcribe, on other clips of the same voices
-    diva      the student that is shipped: `python train.py`, only longer
+     2 min    speech    espeak-ng speaks world.py's sentences in 8 accents: common_voice/, tasks/
+    10 min    llama     a tiny Llama learns to answer, translate and name emotions, in text only
+    30 min    whisper   a tiny Whisper learns to transcribe, on other clips and more voices
+    13 min    diva      the student that is shipped: `python train.py`, only longer
 
 The files are in the published layouts, so that train.py and eval.py cannot tell toy from real.
 Who hears what: no sentence of the dev and test splits, and none of their voices, is ever in the
