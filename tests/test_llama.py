@@ -83,14 +83,17 @@ def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, pr
 
 def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
     ids, lengths = prompts
-    free = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=(70, 69))
+    never = (0, 1)  # tokens that are not generated here
+    free = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=never)
+    assert not np.isin(free, never).any()
     stop = int(free[0, 3])
-    first = [int(t) for t in free[0]].index(stop)
-    stopped = llama.generate(
-        model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=(69, stop)
-    )
-    np.testing.assert_array_equal(stopped[0, :first], free[0, :first])
-    assert (stopped[0, first:] == 69).all()
+    assert stop not in free[0, :3]
+    stop_ids = (0, stop, 1)
+    stopped = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=stop_ids)
+    np.testing.assert_array_equal(stopped[0, :3], free[0, :3])
+    assert (stopped[0, 3:] == 0).all()
+    streamed = llama.stream(model, model.embed(ids[:1]), max_new_tokens=8, stop_ids=stop_ids)
+    assert list(streamed) == free[0, :3].tolist()
 
 
 def test_streaming_gives_the_tokens_of_generate(model, prompts):
