@@ -289,6 +289,23 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
 
 
+def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
+    """Two steps by hand, in float64: a gradient of norm 5 is scaled to 1, one of 0.5 is not."""
+    recipe = train.Recipe(steps=100, learning_rate=0.1, warmup=0.01, weight_decay=0.1, clip=1.0)
+    optimizer, weight = train.make_optimizer(recipe), jnp.asarray([1.0, -2.0])
+    state, mean, square, expected = optimizer.init(weight), 0.0, 0.0, np.array([1.0, -2.0])
+    for step, gradient in enumerate(([3.0, 4.0], [-0.4, 0.3])):
+        updates, state = optimizer.update(jnp.asarray(gradient), state, weight)
+        weight = optax.apply_updates(weight, updates)
+        clipped = np.array(gradient) / max(1, np.linalg.norm(gradient))
+        mean, square = 0.9 * mean + 0.1 * clipped, 0.999 * square + 0.001 * clipped**2
+        adam = mean / (1 - 0.9 ** (step + 1))
+        adam /= np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
+        rate = float(train.learning_rate(recipe, step))
+        expected = expected - rate * (adam + 0.1 * expected)
+    np.testing.assert_allclose(weight, expected, rtol=1e-5)  # f32, a dozen roundings
+
+
 # -------------------------------------------------------------------------------- where arrays live
 
 
@@ -365,6 +382,15 @@ def test_frozen_stays_and_every_trained_leaf_moves(root, tmp_path):
     assert not [name for name in names if "embed_tokens" in name], (
         "decay would eat the unused table"
     )
+
+
+def test_the_step_reuses_the_memory_of_weights_and_optimizer(root, tmp_path):
+    """Donated arrays are gone after the step; the frozen ones, read again by the next, are not."""
+    run = Started(config_of(root, tmp_path))
+    before = jax.tree.leaves((run.params, run.opt_state))
+    run.step(0)
+    assert all(leaf.is_deleted() for leaf in before)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.frozen))
 
 
 def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):

@@ -47,6 +47,15 @@ def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
     np.testing.assert_array_equal(both, alone)
 
 
+def test_suppressed_tokens_are_never_written(model, audio):
+    """What would be written is suppressed: something else is, from the first free position on."""
+    rules = dict(forced=(40, 41), suppress=(), begin_suppress=(), max_length=10)
+    free = np.asarray(whisper.greedy(model, audio, **rules))
+    banned = tuple(int(token) for token in np.unique(free[:, 2:4]))
+    without = np.asarray(whisper.greedy(model, audio, **rules | {"suppress": banned}))
+    assert not np.isin(without[:, 2:], banned).any() and (without[:, 2] != free[:, 2]).all()
+
+
 def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
     ids = jax.random.randint(jax.random.key(1), (2, 6), 0, model.config.vocab_size)
     states = model.encoder(whisper.log_mel(audio, 80))
