@@ -307,12 +307,7 @@ class Chat:
     def load(path: str | Path) -> "Chat":
         """Raises FileNotFoundError without tokenizer.json, ValueError without a chat template."""
         folder = weights.resolve(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; expected the fast tokenizer that is published with the model. "
-                "Download it into this folder."
-            )
+        tokenizer = weights.read_tokenizer(folder)
         settings = weights.read_json(folder / "tokenizer_config.json")
         specials = {
             name: value["content"] if isinstance(value, dict) else value
@@ -331,7 +326,7 @@ class Chat:
                 "that ends an answer. Add it to generation_config.json."
             )
         stops = (stops,) if isinstance(stops, int) else tuple(stops)
-        return Chat(Tokenizer.from_file(str(file)), render, stops, folder)
+        return Chat(tokenizer, render, stops, folder)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -30,6 +30,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 Config = TypeVar("Config")
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]  # no .bin, .pth or fp32 duplicates
@@ -72,6 +73,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected a JSON object.")
     return value
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The model's own tokenizer. Raises FileNotFoundError that names the file."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; expected the fast tokenizer that is published with the model. "
+            "Download it into this folder."
+        )
+    return Tokenizer.from_file(str(file))
 
 
 def read_config(cls: type[Config], folder: Path) -> Config:

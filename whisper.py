@@ -470,15 +470,10 @@ class Transcriber:
     def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
         """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; expected the fast tokenizer that is published with the model. "
-                "Download it into this folder."
-            )
+        tokenizer = weights.read_tokenizer(folder)
         model = Whisper.load(folder, dtype)
         rules = decoding_rules(folder, model.config, language)
-        return Transcriber(model, Tokenizer.from_file(str(file)), rules)
+        return Transcriber(model, tokenizer, rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""

@@ -1,10 +1,12 @@
-"""Our models against what transformers computed with the same files: see make_fixtures.py.
+"""What several tests share: random models, and ours against what transformers computed.
 
-Used twice: on the committed fixtures (no torch needed), and live in tests/parity.
+The comparisons serve twice: on the committed fixtures (no torch needed; see make_fixtures.py), and
+live in tests/parity.
 """
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
@@ -19,6 +21,18 @@ def close(got, expected, relative: float, what: str) -> None:
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     error, scale = np.abs(got - expected).max(), np.abs(expected).max()
     assert error <= relative * scale, f"{what}: error {error:.3g} on values up to {scale:.3g}"
+
+
+def random_weights(template, seed: int, scale: float):
+    """Arrays of these shapes, at a scale at which every one of them changes the outcome."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        return jnp.asarray(rng.normal(center, scale, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, template)
 
 
 def check_whisper(folder: Path) -> None:

@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+import checks
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -58,18 +59,6 @@ WORDS = "one two three four five six red green blue dog cat sun moon".split()
 VOCABULARY = ["<unk>", "<|bos|>", "<|eot|>", "user", "assistant", "system", "<|gap|>", *WORDS]
 
 
-def random_weights(template, seed: int):
-    """Arrays of these shapes, at scales at which every one of them changes the outcome."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        return jnp.asarray(rng.normal(center, 0.3, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, template)
-
-
 def flat(tree) -> dict[str, np.ndarray]:
     """{path: array} of all arrays."""
     return {
@@ -88,19 +77,23 @@ def assert_same(a, b) -> None:
 
 @pytest.fixture(scope="module")
 def asr() -> whisper.Whisper:
-    return random_weights(weights.abstract(whisper.Whisper.init, WHISPER, jax.random.key(0)), 0)
+    return checks.random_weights(
+        weights.abstract(whisper.Whisper.init, WHISPER, jax.random.key(0)), 0, 0.3
+    )
 
 
 @pytest.fixture(scope="module")
 def llm() -> llama.Llama:
-    return random_weights(weights.abstract(llama.Llama.init, LLAMA, jax.random.key(0)), 1)
+    return checks.random_weights(
+        weights.abstract(llama.Llama.init, LLAMA, jax.random.key(0)), 1, 0.3
+    )
 
 
 @pytest.fixture(scope="module")
 def diva(asr, llm) -> connector.DiVA:
     """As if trained: the connector's own arrays are not those of its initialisation."""
     fresh = connector.DiVA.create(asr, llm, None, jax.random.key(0))
-    return eqx.tree_at(lambda d: d.connector, fresh, random_weights(fresh.connector, 2))
+    return eqx.tree_at(lambda d: d.connector, fresh, checks.random_weights(fresh.connector, 2, 0.3))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import checks
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -76,18 +77,6 @@ TASKS = {
 QUESTIONS = {"what is the colour of the sun": "red", "what is one": "two", "is it good": "dog"}
 
 
-def random_weights(template, seed: int, scale: float):
-    """Arrays of these shapes, at a scale at which answers depend on every word and sound."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        return jnp.asarray(rng.normal(center, scale, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, template)
-
-
 def write_model(folder: Path, model, prefix: str) -> None:
     weights.save(model, folder, prefix=prefix)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
@@ -131,13 +120,13 @@ def root(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)  # compile fast, run slowly
     root = tmp_path_factory.mktemp("universe")
     template = weights.abstract(whisper.Whisper.init, WHISPER, jax.random.key(0))
-    asr = random_weights(template, 11, 1.0)
+    asr = checks.random_weights(template, 11, 1.0)
     template = weights.abstract(llama.Llama.init, LLAMA, jax.random.key(0))
-    llm = random_weights(template, 1, 0.7)
+    llm = checks.random_weights(template, 1, 0.7)
     write_model(root / "whisper", asr, "model.")
     write_model(root / "llama", llm, "")
     diva = connector.DiVA.create(asr, llm, None, jax.random.key(1))
-    trained = random_weights(diva.connector, 2, 0.4)
+    trained = checks.random_weights(diva.connector, 2, 0.4)
     diva = eqx.tree_at(lambda d: d.connector, diva, trained)
     diva.save(root / "diva", str(root / "whisper"), str(root / "llama"))
     rows = rows_of_the_universe()

@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import checks
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -114,16 +115,8 @@ def write_clips(folder: Path, count: int) -> None:
 
 
 def random_weights(init, config) -> object:
-    """Arrays of a model's shapes, at scales that let losses depend on sound and words."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf) -> np.ndarray:
-        name = jax.tree_util.keystr(path)
-        center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        return rng.normal(center, 0.2, leaf.shape).astype(np.float32)
-
-    template = weights.abstract(init, config, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, template)
+    """A model at scales that let losses depend on sound and words."""
+    return checks.random_weights(weights.abstract(init, config, jax.random.key(0)), 1, 0.2)
 
 
 @pytest.fixture(scope="module")
