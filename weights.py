@@ -11,13 +11,16 @@ in the file each layer is a tensor of its own and the number stands behind `laye
            decoder.layers.{N-1}.fc1.weight       [5120, 1280]
 
 A template of `jax.ShapeDtypeStruct`s says what is wanted: shape, dtype and, if set, sharding. Each
-process reads only the slices that its own devices hold, so no host needs room for a whole model.
+process reads only the slices that its own devices hold, and one at a time: beside what they hold,
+the host needs room for two such slices, not for a model.
 
 Reads: nothing of ours.   Read next: whisper.py.
 """
 
 import dataclasses
 import json
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +37,8 @@ from tokenizers import Tokenizer
 
 Config = TypeVar("Config")
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]  # no .bin, .pth or fp32 duplicates
+
+log = logging.getLogger(__name__)
 
 
 def resolve(path_or_repo: str | Path) -> Path:
@@ -137,6 +142,8 @@ def names_of(tree: Any, prefix: str = "") -> list[tuple[Any, list[str], bool]]:
 def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, str] | None = None):
     """Read the arrays that `template` asks for from a model folder, in its dtypes and shardings.
 
+    The log says how much this process read, and how fast.
+
     Args:
         template: tree of `jax.ShapeDtypeStruct`; without a sharding an array goes to device 0.
         path: folder with model.safetensors, or with the shards of model.safetensors.index.json.
@@ -159,42 +166,71 @@ def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, st
             f"Unexpected: {_some(extra)}. Expected exactly the {len(needed)} tensors that "
             "config.json implies: check that config.json and the weights belong together."
         )
-    handles = {}
+    _check_shards(file_of, needed)
+    began, arrays, total = time.perf_counter(), [], 0
+    for leaf, names, stacked in wanted:
+        array, size = _read(leaf, names, stacked, file_of)
+        arrays.append(array)
+        total += size
+    megabytes, seconds = total / 1e6, time.perf_counter() - began
+    log.info(
+        "loaded %d tensors, %.0f MB in %.1f s (%.0f MB/s) from %s",
+        *(len(needed), megabytes, seconds, megabytes / seconds, folder),
+    )
+    return jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def _check_shards(file_of: dict[str, Path], needed: set[str]) -> None:
+    """Raises unless every file is there, whole, and has the needed tensors that it should have."""
     for file in sorted({file_of[name] for name in needed}):
         names = sorted(name for name in needed if file_of[name] == file)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing; the index says it holds {_some(names)}. Download this shard."
             )
-        handles[file] = _open(file)
-        if absent := sorted(set(names) - set(handles[file].keys())):
+        if absent := sorted(set(names) - set(_open(file).keys())):
             raise ValueError(
                 f"{file}: no {_some(absent)}; the index says it holds them. Expected an index and "
                 "shards of one model: download both again."
             )
 
-    def read(leaf: jax.ShapeDtypeStruct, names: list[str], stacked: bool) -> jax.Array:
-        slices = [handles[file_of[name]].get_slice(name) for name in names]
-        expected = tuple(leaf.shape[1:] if stacked else leaf.shape)
-        for name, found in zip(names, slices, strict=True):
-            if tuple(found.get_shape()) != expected:
-                raise ValueError(
-                    f"{file_of[name]}: {name} has shape {tuple(found.get_shape())}; expected "
-                    f"{expected} from config.json. Check that the two belong together."
-                )
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
-                return np.asarray(slices[0][index if index else ...]).astype(leaf.dtype)
-            layers = slices[index[0]]
-            rows = [np.asarray(layer[index[1:]]).astype(leaf.dtype) for layer in layers]
-            return np.stack(rows)
+def _read(
+    leaf: jax.ShapeDtypeStruct, names: list[str], stacked: bool, file_of: dict[str, Path]
+) -> tuple[jax.Array, int]:
+    """The array that `leaf` asks for, from the tensors `names`, and how many bytes were read.
 
-        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.make_array_from_callback(leaf.shape, sharding, piece)
+    The files are opened for this array only: what was read of a mapped file counts as this
+    process's memory until it is closed.
+    """
+    handles = {file: _open(file) for file in {file_of[name] for name in names}}
+    slices = [handles[file_of[name]].get_slice(name) for name in names]
+    expected = tuple(leaf.shape[1:] if stacked else leaf.shape)
+    for name, found in zip(names, slices, strict=True):
+        if tuple(found.get_shape()) != expected:
+            raise ValueError(
+                f"{file_of[name]}: {name} has shape {tuple(found.get_shape())}; expected "
+                f"{expected} from config.json. Check that the two belong together."
+            )
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    holders = {}  # a slice of the array, and the devices that hold a copy of it
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(str(index), (index, []))[1].append(device)
+    total = 0
 
-    arrays = [read(leaf, names, stacked) for leaf, names, stacked in wanted]
-    return jax.tree.unflatten(jax.tree.structure(template), arrays)
+    def fetch(index: tuple[slice, ...], devices: list[jax.Device]) -> list[jax.Array]:
+        nonlocal total
+        piece = np.empty(sharding.shard_shape(leaf.shape), leaf.dtype)
+        rows, sources = (piece, slices[index[0]]) if stacked else (piece[None], slices)
+        within = index[1:] if stacked else index
+        for n, source in enumerate(sources):
+            rows[n] = found = source[within or ...]
+            total += found.nbytes
+        # Waits: a piece on its way to its devices still takes room here.
+        return jax.block_until_ready([jax.device_put(piece, device) for device in devices])
+
+    parts = [part for one in holders.values() for part in fetch(*one)]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts), total
 
 
 def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None = None) -> Path:

@@ -5,6 +5,8 @@ Files are written with safetensors itself, not with weights.save, wherever loadi
 
 import errno
 import json
+import re
+import weakref
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -374,7 +376,7 @@ def test_an_array_split_in_4_and_copied_in_2_is_read_in_quarters(tmp_path, reads
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, values[shard.index])
         assert shard.data.shape == (4, 4)
-    assert {elements for _, elements in reads} == {16}
+    assert [elements for _, elements in reads] == [16] * 4, "once, also for several devices"
 
 
 def test_a_device_that_holds_some_layers_reads_no_other(tmp_path, reads):
@@ -386,6 +388,64 @@ def test_a_device_that_holds_some_layers_reads_no_other(tmp_path, reads):
     array = weights.load(template, tmp_path)["layers"]["w"]
     np.testing.assert_array_equal(array, values)
     assert sorted(reads) == sorted((f"layers.{n}.w", 6) for n in range(16))
+
+
+def test_a_slice_goes_to_its_device_before_the_next_is_read(tmp_path, reads, monkeypatch):
+    """So the host holds one of the 8 at a time, and not the array that they make together."""
+    save_file(
+        {f"layers.{n}.w": np.ones((8, 3), np.float32) for n in range(2)}
+        | {"whole": np.ones((16, 2), np.float32)},
+        tmp_path / "model.safetensors",
+    )
+    put = jax.device_put
+
+    def note(piece, device):
+        reads.append((device.id, piece.size))
+        return put(piece, device)
+
+    monkeypatch.setattr(jax, "device_put", note)
+    mesh = Mesh(np.asarray(jax.devices()), "x")
+    template = {
+        "layers": {"w": shape(2, 8, 3, sharding=NamedSharding(mesh, P(None, "x")))},
+        "whole": shape(16, 2, sharding=NamedSharding(mesh, P("x"))),
+    }
+    weights.load(template, tmp_path)
+    layers = [step for n in range(8) for step in [("layers.0.w", 3), ("layers.1.w", 3), (n, 6)]]
+    whole = [step for n in range(8) for step in [("whole", 4), (n, 4)]]
+    assert reads == layers + whole
+
+
+def test_files_are_open_for_one_array_at_a_time(tmp_path, monkeypatch):
+    """Closing unmaps them: what was read no longer counts as memory of this process."""
+    values = {f"layers.{n}.{name}": np.ones(2, np.float32) for n in range(4) for name in "ab"}
+    save_file(values, tmp_path / "model.safetensors")
+    into_shards(tmp_path, tmp_path / "shards", 8)
+    plain, opened, still_open = weights._open, [], []
+
+    def watched(file: Path) -> Watched:
+        still_open.append(sum(ref() is not None for ref in opened))
+        opened.append(weakref.ref(handle := Watched(plain(file), [])))
+        return handle
+
+    monkeypatch.setattr(weights, "_open", watched)
+    weights.load({"layers": {"a": shape(4, 2), "b": shape(4, 2)}}, tmp_path / "shards")
+    assert still_open == [0] * 8 + [0, 1, 2, 3] * 2, "8 are checked; then 4 hold a, and 4 hold b"
+
+
+def test_the_log_says_how_much_was_read_and_how_fast(tmp_path, caplog):
+    """What is in the files, in their own dtype: each slice once, though 8 devices hold a copy."""
+    caplog.set_level("INFO", "weights")
+    tensors = {f"layers.{n}.w": np.ones((8, 50_000), np.float16) for n in range(2)}
+    save_file(tensors | {"b": np.ones(400_000, np.float32)}, tmp_path / "model.safetensors")
+    mesh = Mesh(np.asarray(jax.devices()), "x")
+    template = {
+        "b": shape(400_000, sharding=NamedSharding(mesh, P())),
+        "layers": {"w": shape(2, 8, 50_000, sharding=NamedSharding(mesh, P(None, "x")))},
+    }
+    weights.load(template, tmp_path)
+    [said] = [record.getMessage() for record in caplog.records]
+    found = re.fullmatch(r"loaded 3 tensors, 3 MB in (\S+) s \((\d+) MB/s\) from (.*)", said)
+    assert found and found[3] == str(tmp_path) and float(found[2]) > 0, said
 
 
 def test_without_a_sharding_an_array_goes_to_the_first_device(tmp_path):
