@@ -16,28 +16,33 @@ Reads: nothing of ours.   Read next: train.py.
 import csv
 import dataclasses
 import functools
+import gzip
 import json
 import logging
 import math
+import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import grain
 import numpy as np
 import soundfile as sf
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
+HEADERS_AT_ONCE = 32  # files whose lengths are asked for at a time: a bucket answers each slowly
 AHEAD = 4  # batches that are prepared before they are asked for
 TOKEN_MULTIPLE = 8  # the transcripts' padded length is rounded up to it
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Clip:
     """One recording and its transcript; `meta` holds what else is known (accent, speaker, ...)."""
 
@@ -83,7 +88,7 @@ def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
             f"{folder / 'clips'} is missing; expected the folder of audio that {file.name} names. "
             "Unpack the whole corpus."
         )
-    clips = []
+    clips, same = [], {}  # equal strings (speaker, accent, ...) are held once
     with file.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         found = reader.fieldnames or []
@@ -100,7 +105,9 @@ def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
             meta = {k: v for k, v in row.items() if k and v and k not in ("path", "sentence")}
             if "accent" in meta:  # older versions
                 meta["accents"] = meta.pop("accent")
-            clips.append(Clip(str(folder / "clips" / row["path"]), row["sentence"].strip(), meta))
+            meta = {k: same.setdefault(v, v) for k, v in meta.items()}
+            audio = os.path.join(folder, "clips", row["path"])
+            clips.append(Clip(audio, row["sentence"].strip(), meta))
     return clips
 
 
@@ -213,27 +220,71 @@ def seconds_of(clips: list[Clip]) -> list[float]:
 
     A file whose header cannot be read counts as 0 s: decoding it will say what is wrong.
     """
+    known = _seconds_by_table(clips)
+    rest = dict.fromkeys(clip.audio for clip in clips if clip.audio not in known)
+    known |= _seconds_by_header([*rest])
+    return [known[clip.audio] for clip in clips]
+
+
+def _seconds_by_table(clips: list[Clip]) -> dict[str, float]:
     known = {}
-    for folder in {Path(clip.audio).parent.parent for clip in clips}:
-        if (table := folder / "clip_durations.tsv").is_file():
+    for folder in {os.path.dirname(os.path.dirname(clip.audio)) for clip in clips}:
+        if (table := Path(folder, "clip_durations.tsv")).is_file():
             with table.open(encoding="utf-8", newline="") as lines:
                 rows = csv.reader(lines, delimiter="\t")
                 next(rows, None)
                 try:
-                    known |= {str(folder / "clips" / name): int(ms) / 1000 for name, ms in rows}
+                    known |= {
+                        os.path.join(folder, "clips", name): int(ms) / 1000 for name, ms in rows
+                    }
                 except ValueError as error:
                     raise ValueError(
                         f"{table}:{rows.line_num}: {error}; expected a file name and milliseconds. "
                         "Unpack the corpus again, or remove the table to measure the clips."
                     ) from error
+    return known
 
-    def measure(clip: Clip) -> float:
+
+def _seconds_by_header(files: list[str]) -> dict[str, float]:
+    """Opens each file once in its life: what its header said is kept for the next start.
+
+    It is kept under $XDG_CACHE_HOME/diva (~/.cache/diva), in one small file for each folder of
+    clips, which may be deleted at any time: {"BYTES NANOSECONDS FILE": seconds}, so that a file of
+    another size or time of change is measured again.
+    """
+    if not files:
+        return {}
+    folder = os.path.commonpath([os.path.abspath(min(files)), os.path.abspath(max(files))])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    index = Path(cache, "diva", f"seconds-{zlib.crc32(os.fsencode(folder)):08x}.json.gz")
+    try:
+        kept = json.loads(gzip.decompress(index.read_bytes()))  # gzip has a checksum
+    except (OSError, EOFError, ValueError, zlib.error):  # not there yet, or damaged
+        kept = {}
+
+    def measure(file: str) -> tuple[str, float]:
         try:
-            return sf.info(clip.audio).duration
-        except (sf.SoundFileError, RuntimeError):
-            return 0.0
+            stat = os.stat(file)
+            key = f"{stat.st_size} {stat.st_mtime_ns} {file}"
+            return key, kept[key] if key in kept else sf.info(file).duration
+        except (OSError, ValueError, sf.SoundFileError, RuntimeError):  # no file, name or audio
+            return "", 0.0
 
-    return [known[c.audio] if c.audio in known else measure(c) for c in clips]
+    with ThreadPool(HEADERS_AT_ONCE) as pool:
+        found = pool.map(measure, files)
+    if new := {key: seconds for key, seconds in found if key and key not in kept}:
+        try:
+            index.parent.mkdir(parents=True, exist_ok=True)
+            partial = index.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(gzip.compress(json.dumps(kept | new).encode(), 1))
+            partial.replace(index)  # whole or not at all, also where several processes write
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): the next start will open %d clips again. "
+                "Set XDG_CACHE_HOME to a folder that can be written.",
+                *(index, error, len(new)),
+            )
+    return {file: seconds for file, (_, seconds) in zip(files, found, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,7 +297,7 @@ class Corpus:
     compiles once."""
 
     clips: list[Clip]
-    ids: list[list[int]]
+    ids: list[Int32[np.ndarray, "_"]]
     window_samples: int
     max_length: int  # L
     too_long: int = 0  # left out: audio longer than the window
@@ -265,15 +316,14 @@ def prepare(
 
     Raises ValueError if nothing is left.
     """
-    tokens = encode([clip.text for clip in clips])
     kept, ids, window = [], [], window_samples / SAMPLE_RATE
     too_long = too_wordy = wordless = 0
-    for clip, row, seconds in zip(clips, tokens, seconds_of(clips), strict=True):
+    for clip, row, seconds in zip(clips, _tokens(clips, encode), seconds_of(clips), strict=True):
         if seconds > window:
             too_long += 1
         elif len(row) > max_tokens:
             too_wordy += 1
-        elif not row:
+        elif not len(row):
             wordless += 1
         else:
             kept.append(clip)
@@ -292,6 +342,15 @@ def prepare(
     longest = max(map(len, ids))
     padded = -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     return Corpus(kept, ids, window_samples, padded, too_long, too_wordy, wordless)
+
+
+def _tokens(
+    clips: list[Clip], encode: Callable[[list[str]], list[list[int]]], at_once: int = 10_000
+) -> Iterator[Int32[np.ndarray, "_"]]:
+    """The tokens of each clip, as arrays: a list of Python integers takes over twice the room."""
+    for start in range(0, len(clips), at_once):
+        for row in encode([clip.text for clip in clips[start : start + at_once]]):
+            yield np.asarray(row, np.int32)
 
 
 # ---------------------------------------------------------------------------------------------

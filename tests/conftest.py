@@ -1,8 +1,16 @@
-"""Eight devices on any CPU, so that every test of sharding runs everywhere."""
+"""Eight devices on any CPU, so that every test of sharding runs everywhere; a cache of its own."""
 
 import os
+
+import pytest
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory) -> None:
+    """What the tests, and the programs that they start, keep for later goes where it is removed."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

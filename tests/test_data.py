@@ -5,6 +5,7 @@ Axes: B batch, S audio samples, L text tokens.
 
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -98,6 +99,16 @@ def test_older_versions_call_the_accent_by_another_name(voice):
     [old], [odd] = data.read_clips(voice, "dev"), data.read_clips(voice, "odd")
     assert old.meta["accents"] == "us" and "accent" not in old.meta
     assert (old.audio, old.text) == (odd.audio, odd.text) and odd.meta == {"accents": "us"}
+
+
+def test_what_many_clips_share_is_held_once(voice):
+    """A speaker's name has 128 letters; the corpus a million rows."""
+    speaker = "5f" * 64
+    rows = [f"{speaker}\t{name}\thello\t2\t0\t\tmale\tus" for name in ("a.mp3", "b.mp3")]
+    write_lines(voice / "dev.tsv", OLD, *rows)
+    a, b = data.read_clips(voice, "dev")
+    assert a.meta["client_id"] == speaker and a.meta.keys() == b.meta.keys()
+    assert all(a.meta[key] is b.meta[key] for key in ("client_id", "gender", "accents"))
 
 
 def test_rows_without_a_path_or_a_sentence_are_left_out_and_named(voice, caplog):
@@ -422,10 +433,11 @@ def test_the_table_of_durations_saves_opening_the_files(voice, monkeypatch):
 def test_durations_come_from_the_headers_otherwise(voice):
     """Also for a clip that the table does not list; what has no header counts as 0 s."""
     (voice / "clips/b.mp3").write_bytes(b"RIFF, but not really")
-    clips = [*data.read_clips(voice), data.Clip(str(voice / "clips/gone.mp3"), "x")]
-    assert data.seconds_of(clips) == pytest.approx([0.25, 0, 0], abs=1e-9)
+    absent = [data.Clip(str(voice / "clips" / name), "x") for name in ("gone.mp3", "no\0name.mp3")]
+    clips = data.read_clips(voice) + absent
+    assert data.seconds_of(clips) == pytest.approx([0.25, 0, 0, 0], abs=1e-9)
     write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500")
-    assert data.seconds_of(clips) == pytest.approx([0.25, 2.5, 0], abs=1e-9)
+    assert data.seconds_of(clips) == pytest.approx([0.25, 2.5, 0, 0], abs=1e-9)
 
 
 @pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2"])
@@ -434,6 +446,140 @@ def test_a_damaged_table_of_durations_is_refused_with_its_line(voice, row):
     say = "expected a file name and milliseconds. Unpack the corpus again, or remove the table"
     action = partial(data.seconds_of, data.read_clips(voice))
     refused(ValueError, action, f"{file}:3: ", say)
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch) -> list[str]:
+    """The names of the files whose headers were read, with a cache folder of the test's own."""
+    opened, plain = [], soundfile.info
+
+    def info(file: str):
+        opened.append(Path(file).name)
+        return plain(file)
+
+    monkeypatch.setattr(data.sf, "info", info)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return opened
+
+
+def test_a_header_is_read_once_in_the_life_of_a_file(tmp_path, opened):
+    """First start: once, also where a clip is listed twice. Second start: what is new, no other."""
+    clips = write_corpus(tmp_path / "clips", *[(0.1 + 0.01 * n, "a") for n in range(40)])
+    seconds = [0.1 + 0.01 * n for n in range(40)]
+    assert data.seconds_of(clips[:30] * 2) == pytest.approx(seconds[:30] * 2)
+    assert sorted(opened) == sorted(f"{n}.wav" for n in range(30))
+    opened.clear()
+    assert data.seconds_of(clips[:30]) == pytest.approx(seconds[:30]) and not opened
+    assert data.seconds_of(clips[20:]) == pytest.approx(seconds[20:])
+    assert sorted(opened) == sorted(f"{n}.wav" for n in range(30, 40)), "another part of the corpus"
+    opened.clear()
+    assert data.seconds_of(clips[::-1]) == pytest.approx(seconds[::-1]) and not opened
+    assert len([*(tmp_path / "cache/diva").iterdir()]) == 1, "one file, and nothing half written"
+
+
+@pytest.mark.parametrize("change", ["longer", "as long, and later"])
+def test_a_clip_that_was_replaced_is_measured_again(tmp_path, opened, change):
+    """By size or by time of change, and it alone."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"))
+    file = Path(clips[1].audio)
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    data.seconds_of(clips)
+    opened.clear()
+    if change == "longer":
+        write_audio(file, tone(440, 0.3))
+    else:  # as many bytes, in half the time
+        write_audio(file, tone(440, 0.2), 2 * RATE)
+        times = (times[0], times[1] + 1)
+    os.utime(file, ns=times)
+    expected = [0.1, 0.3 if change == "longer" else 0.1]
+    assert data.seconds_of(clips) == pytest.approx(expected) and opened == ["1.wav"]
+    opened.clear()
+    assert data.seconds_of(clips) == pytest.approx(expected) and not opened
+
+
+def test_what_has_no_header_yet_is_tried_again(tmp_path, opened):
+    """Or a clip that a bucket failed to deliver once would never be measured."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"))
+    whole, file = Path(clips[0].audio).read_bytes(), Path(clips[0].audio)
+    file.write_bytes(b"RIFF, but not really".ljust(len(whole)))
+    os.utime(file, ns=(0, 0))
+    assert data.seconds_of(clips) == pytest.approx([0, 0.2])
+    file.write_bytes(whole)
+    os.utime(file, ns=(0, 0))
+    assert data.seconds_of(clips) == pytest.approx([0.1, 0.2])
+    assert opened.count("0.wav") == 2 and opened.count("1.wav") == 1
+
+
+def test_clips_of_one_size_and_time_are_told_apart(tmp_path, opened):
+    clips = write_corpus(tmp_path / "clips", (0.2, "a"), (0.2, "b"))
+    write_audio(Path(clips[1].audio), tone(440, 0.2), 2 * RATE)
+    for clip in clips:
+        os.utime(clip.audio, ns=(0, 0))
+    assert len({Path(clip.audio).stat().st_size for clip in clips}) == 1
+    for _ in range(2):
+        assert data.seconds_of(clips) == pytest.approx([0.2, 0.1])
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+def test_damaged_lengths_are_measured_anew(tmp_path, opened, caplog, damage):
+    """And mended: the next start opens no clip."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"))
+    data.seconds_of(clips)
+    [file] = (tmp_path / "cache/diva").iterdir()
+    damaged = {"cut": file.read_bytes()[:-1], "empty": b"", "other": b'{"a": 1}'}
+    file.write_bytes(damaged[damage])
+    opened.clear()
+    assert data.seconds_of(clips) == pytest.approx([0.1, 0.2]) and len(opened) == 2
+    opened.clear()
+    assert data.seconds_of(clips) == pytest.approx([0.1, 0.2]) and not opened
+    assert not caplog.records
+
+
+def test_no_flipped_bit_of_the_lengths_is_believed(tmp_path, opened):
+    """In any part of the file: measured anew, or of no consequence."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"))
+    data.seconds_of(clips)
+    [file] = (tmp_path / "cache/diva").iterdir()
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        assert data.seconds_of(clips) == pytest.approx([0.1, 0.2]), f"byte {place}"
+    assert len(opened) > len(whole) / 3
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path, opened, monkeypatch, caplog):
+    """The lengths are right, and measured at every start."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"))
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    for _ in range(2):
+        assert data.seconds_of(clips) == pytest.approx([0.1, 0.2])
+    assert len(opened) == 4
+    assert len(caplog.records) == 2
+    said = caplog.records[0].getMessage()
+    assert said.startswith(f"{tmp_path / 'file/cache/diva'}/seconds-")
+    assert "cannot be written (" in said and "the next start will open 2 clips again. Set" in said
+
+
+def test_an_interrupted_write_leaves_the_old_lengths(tmp_path, opened, monkeypatch):
+    """They are written beside and then renamed."""
+    clips = write_corpus(tmp_path / "clips", (0.1, "a"), (0.2, "b"), (0.3, "c"))
+    data.seconds_of(clips[:2])
+    [file] = (tmp_path / "cache/diva").iterdir()
+    before = file.read_bytes()
+    write = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        data.seconds_of(clips)
+    assert file.read_bytes() == before
 
 
 def write_corpus(folder: Path, *clips: tuple[float, str]) -> list[data.Clip]:
@@ -463,7 +609,8 @@ def test_clips_that_do_not_fit_are_left_out_counted_and_reported(tmp_path, caplo
         (0.6, "a b c d e"),  # counted once
     )
     corpus = data.prepare(clips, encode, RATE // 2, max_tokens=3)
-    assert corpus.clips == [clips[0], clips[3]] and corpus.ids == [[101, 102, 103], [102]]
+    assert corpus.clips == [clips[0], clips[3]]
+    assert [ids.tolist() for ids in corpus.ids] == [[101, 102, 103], [102]]
     assert (corpus.too_long, corpus.too_wordy, corpus.wordless) == (2, 1, 2)
     assert corpus.window_samples == RATE // 2 and corpus.undecodable == {}
     assert [r.getMessage() for r in caplog.records] == [
@@ -475,6 +622,22 @@ def test_a_corpus_that_fits_is_kept_without_a_word(tmp_path, caplog):
     clips = write_corpus(tmp_path, (0.1, "a"), (0.2, "b c"))
     corpus = data.prepare(clips, encode, RATE, max_tokens=3)
     assert corpus.clips == clips and not caplog.records
+
+
+def test_a_million_transcripts_are_tokenised_in_parts(monkeypatch):
+    """As lists of Python's integers they never stand in memory all at once."""
+    clips = [data.Clip("", str(n)) for n in range(25_000)]
+    monkeypatch.setattr(data, "seconds_of", lambda clips: [1.0] * len(clips))
+    parts = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        parts.append(len(texts))
+        return [[int(text)] for text in texts]
+
+    corpus = data.prepare(clips, encode, RATE, max_tokens=3)
+    assert parts == [10_000, 10_000, 5_000]
+    assert [ids.tolist() for ids in corpus.ids] == [[n] for n in range(25_000)]
+    assert corpus.ids[0].dtype == np.int32
 
 
 @pytest.mark.parametrize(("longest", "padded"), [(1, 8), (8, 8), (9, 16)])
@@ -503,7 +666,8 @@ WINDOW = 64  # samples
 def made_up(count: int) -> data.Corpus:
     """Clip i has the tokens [i + 1, ...] and, through Decoder, audio of its own."""
     clips = [data.Clip(f"{i}.wav", "") for i in range(count)]
-    return data.Corpus(clips, [[i + 1] * (1 + i % 5) for i in range(count)], WINDOW, 8)
+    ids = [np.full(1 + i % 5, i + 1, np.int32) for i in range(count)]
+    return data.Corpus(clips, ids, WINDOW, 8)
 
 
 class Decoder:
@@ -574,7 +738,7 @@ def test_a_batch_holds_audio_tokens_lengths_and_weights(decoder):
     }
     assert len(set(numbers(batch))) == 12 and set(batch["weights"]) == {1.0}
     for row, n in enumerate(numbers(batch)):
-        ids = corpus.ids[n]
+        ids = corpus.ids[n].tolist()
         assert batch["lengths"][row] == len(ids)
         assert batch["ids"][row].tolist() == ids + [0] * (8 - len(ids))
         audio, length = batch["audio"][row], 20 + n % 40
@@ -591,7 +755,8 @@ def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
         write_audio(tmp_path / "loud.wav", loud, 48_000, subtype="FLOAT"),
         write_audio(tmp_path / "quiet.wav", quiet, 44_100, subtype="FLOAT"),
     ]
-    corpus = data.Corpus([data.Clip(str(f), "") for f in files], [[1], [2]], RATE, 8)
+    ids = [np.array([n], np.int32) for n in (1, 2)]
+    corpus = data.Corpus([data.Clip(str(f), "") for f in files], ids, RATE, 8)
     batch = take(1, corpus, batch_size=2, seed=0)[0]
     for n, file in enumerate(files):
         audio = batch["audio"][numbers(batch).index(n)]
