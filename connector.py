@@ -11,7 +11,7 @@ far, it writes all of them at once, into vectors: one pass, no sampling, differe
 Axes: B batch, S audio samples, T encoder positions, Q query tokens, D width of Whisper, E width of
 the LLM, P and R length of the chat template before and after the user's words, V vocabulary.
 
-Source: Held et al. 2024, section 3.   Reads: whisper.py, llama.py, weights.py.
+Source: Held et al. 2024, section 3.   Reads: whisper.py, llama.py, sharding.py, weights.py.
 Read next: distill_loss.py.
 """
 
@@ -28,6 +28,7 @@ import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import llama
+import sharding
 import weights
 import whisper
 
@@ -49,22 +50,30 @@ class Connector(eqx.Module):
     decoder: whisper.Decoder
     projection: Projection
 
-    def __call__(self, states: Float[Array, "B T D"]) -> Float[Array, "B Q E"]:
-        queries = self.query_tokens.astype(states.dtype)
+    def __call__(
+        self, states: Float[Array, "B T D"], recompute: sharding.Recompute = "layers"
+    ) -> Float[Array, "B Q E"]:
+        queries, projection = sharding.gather((self.query_tokens, self.projection), states.dtype)
+        queries = queries.astype(states.dtype)
         queries = jnp.broadcast_to(queries, (len(states), *queries.shape))
-        return self.projection(self.decoder(queries, states))
+        return sharding.by_clip(projection(self.decoder(queries, states, recompute)))
 
     @staticmethod
     def init(
-        decoder: whisper.Decoder, llm: llama.Llama, queries: int | None, key: PRNGKeyArray
+        decoder: whisper.Decoder,
+        width: int,
+        volume: float,
+        queries: int | None,
+        key: PRNGKeyArray,
     ) -> "Connector":
         """A connector that starts as the recogniser's decoder and speaks at the LLM's volume.
 
         The decoder's last norm gives states of length about sqrt(D), so weights of deviation
-        rms(embedding) / sqrt(D) give virtual tokens as long as the LLM's token embeddings.
-        Raises ValueError if the decoder has fewer positions than `queries` (None: all of them).
+        volume / sqrt(D), the volume being rms(embedding), give virtual tokens as long as the LLM's
+        token embeddings. Raises ValueError if the decoder has fewer positions than `queries` (None:
+        all of them).
         """
-        positions, width = decoder.embed_positions.weight.shape
+        positions, inner = decoder.embed_positions.weight.shape
         queries = positions if queries is None else queries
         if not 1 <= queries <= positions:
             raise ValueError(
@@ -72,13 +81,11 @@ class Connector(eqx.Module):
                 "Whisper's decoder. Give fewer queries, or none for all positions."
             )
         query_key, projection_key = jax.random.split(key)
-        table = llm.model.embed_tokens.weight
-        volume = jnp.sqrt(jnp.square(table.astype(jnp.float32)).mean())
-        weight = jax.random.normal(projection_key, (width, table.shape[1]))
+        weight = jax.random.normal(projection_key, (inner, width))
         return Connector(
-            query_tokens=0.02 * jax.random.normal(query_key, (queries, width)),
+            query_tokens=0.02 * jax.random.normal(query_key, (queries, inner)),
             decoder=decoder,
-            projection=Projection(weight * volume / width**0.5, jnp.zeros(table.shape[1])),
+            projection=Projection(weight * volume / inner**0.5, jnp.zeros(width)),
         )
 
     def published(self) -> dict[str, Any]:
@@ -113,7 +120,9 @@ class DiVA(eqx.Module):
     ) -> "DiVA":
         """An untrained DiVA; the connector's arrays are float32, the master weights."""
         decoder = jax.tree.map(lambda x: x.astype(jnp.float32), asr.decoder)
-        connector = Connector.init(decoder, llm, queries, key)
+        table = llm.model.embed_tokens.weight.astype(jnp.float32)
+        volume = float(jnp.sqrt(jnp.square(table).mean()))
+        connector = Connector.init(decoder, table.shape[1], volume, queries, key)
         return DiVA(asr.encoder, connector, llm, asr.config.num_mel_bins)
 
     @staticmethod
@@ -130,8 +139,9 @@ class DiVA(eqx.Module):
         queries = config.get("queries", asr_config.max_target_positions)
 
         def template() -> dict[str, Any]:
-            decoder = whisper.Whisper.init(asr_config, jax.random.key(0)).decoder
-            return Connector.init(decoder, llm, queries, jax.random.key(0)).published()
+            key, width = jax.random.key(0), llm.config.hidden_size
+            decoder = whisper.Whisper.init(asr_config, key).decoder
+            return Connector.init(decoder, width, 1.0, queries, key).published()
 
         unused = {
             "encoder.": "frozen: read from reference_encoder",
@@ -169,7 +179,7 @@ class DiVA(eqx.Module):
     ) -> Float[Array, "B positions E"]:
         """The user's turn as the LLM's input: template, virtual tokens, template."""
         before, after = (
-            jnp.broadcast_to(self.llm.embed(ids[None]), (len(virtual), len(ids), virtual.shape[-1]))
+            self.llm.embed(jnp.broadcast_to(ids, (len(virtual), len(ids))))
             for ids in (prefix, suffix)
         )
         return jnp.concatenate([before, virtual.astype(before.dtype), after], axis=1)
@@ -179,7 +189,7 @@ def trainable(diva: DiVA) -> DiVA:
     """The mask of what is trained: the connector, less the token table that queries never touch
     (weight decay would eat it; it is kept so that the exported decoder is whole)."""
     mask = jax.tree.map(lambda _: False, diva)
-    connector = jax.tree.map(eqx.is_array, diva.connector)
+    connector = jax.tree.map(lambda _: True, diva.connector)
     connector = eqx.tree_at(lambda c: c.decoder.embed_tokens.weight, connector, False)
     return eqx.tree_at(lambda m: m.connector, mask, connector)
 

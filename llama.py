@@ -9,7 +9,7 @@ DiVA keeps all of it frozen. The forward pass starts from embeddings, not from t
 virtual tokens that stand for speech have no number. Attribute names are the published tensor names.
 
 Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models".
-Reads: weights.py.   Read next: connector.py.
+Reads: sharding.py, weights.py.   Read next: connector.py.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import tyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tokenizers import Tokenizer
 
+import sharding
 import weights
 
 
@@ -191,22 +192,27 @@ class Llama(eqx.Module):
         return (self.lm_head or self.model.embed_tokens).weight
 
     def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
-        return self.model.embed_tokens.weight[ids]
+        return sharding.lookup(self.model.embed_tokens.weight, ids)
 
     def angles(self, positions: Int[Array, "B L"]) -> Float[Array, "B L half"]:
         return positions[..., None] * jnp.asarray(self.config.frequencies(), jnp.float32)
 
-    def __call__(self, embeds: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+    def __call__(
+        self, embeds: PyTree[Float[Array, "B ?L E"], "T"], recompute: sharding.Recompute = "layers"
+    ) -> PyTree[Float[Array, "B ?L E"], "T"]:
         """Hidden states after the last norm. Right-padded: what stands after a row's own length
-        changes nothing before it, since attention is causal."""
-        angles = self.angles(jnp.arange(embeds.shape[1])[None])
+        changes nothing before it, since attention is causal.
 
-        @jax.checkpoint
-        def layer(x, module):
-            return module(x, angles)[0], None
+        Several sequences (of a student and a teacher) go through each layer side by side."""
 
-        x, _ = jax.lax.scan(layer, embeds, self.model.layers)
-        return self.model.norm(x)
+        def layer(module, x):
+            return module(x, self.angles(jnp.arange(x.shape[1])[None]))[0]
+
+        def layer_for_all(module, xs):
+            return jax.tree.map(functools.partial(layer, module), xs)
+
+        states = sharding.run_layers(self.model.layers, embeds, layer_for_all, recompute)
+        return jax.tree.map(self.model.norm, states)
 
     def prefill(
         self, embeds: Float[Array, "B L E"], lengths: Int[Array, "B"], room: int

@@ -24,11 +24,16 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
+import math
+import os
+import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -44,17 +49,21 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
-from jax.sharding import AxisType, Mesh, NamedSharding
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 import connector
+import cost
 import data
 import distill_loss
 import eval as evaluation
 import llama
+import sharding
 import weights
 import whisper
 
@@ -117,6 +126,14 @@ class Config(Recipe):
     """Save and stop after this step; the same command without it goes on."""
     fsdp: int | None = None
     """Devices over which one copy of each large array is split; None: all."""
+    recompute: Literal["auto", "attention", "layers"] = "auto"
+    """What the backward pass computes again to save memory: attention (about 1 % of the work) or
+    whole layers (about a third more); auto: attention if that fits."""
+    compile_only: str | None = None
+    """Compile the step for a slice of TPUs, such as v4:4x4x8 or v5e:8x8, without one; then report
+    memory, FLOPs, collectives and time, and end. Needs the `tpu` extra, no weights and no data."""
+    profile: bool = False
+    """Write a jax.profiler trace of three steps behind the tenth to OUT/profile."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
@@ -175,9 +192,6 @@ def parse(args: list[str]) -> Config:
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: no such preset; expected one of {', '.join(PRESETS)}.")
     config = tyro.cli(Config, default=PRESETS[name], args=args, prog="train.py")
-    if config.dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        config = dataclasses.replace(config, dtype=dtype)
     return dataclasses.replace(config, out=config.out or f"runs/{name}")
 
 
@@ -187,73 +201,23 @@ def command(config: Config) -> str:
     flags = ["--preset", config.preset]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("preset", "until") and value != getattr(default, field.name):
-            flags += ["--" + field.name.replace("_", "-"), str(value)]
+        if field.name in ("preset", "until", "profile") or value == getattr(default, field.name):
+            continue
+        flags += ["--" + field.name.replace("_", "-"), str(value)]
     return shlex.join(["python", "train.py", *flags])
+
+
+def with_dtype(config: Config, platform: str) -> Config:
+    """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
+    if config.dtype != "auto":
+        return config
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, dtype=dtype)
 
 
 def recipe_of(config: Config) -> Recipe:
     """The part of `config` that decides the weights."""
     return Recipe(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)})
-
-
-# -------------------------------------------------------------------------------- where arrays live
-
-AXES = ("data", "fsdp")  # a batch is split over both; a large array over fsdp, and copied over data
-SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
-
-
-def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
-    """All devices as a grid [data, fsdp]. Raises ValueError if batch or fsdp does not fit them."""
-    devices = jax.devices() if devices is None else devices
-    fsdp = fsdp or len(devices)
-    if len(devices) % fsdp:
-        raise ValueError(f"--fsdp {fsdp}: expected a divisor of the {len(devices)} devices here.")
-    if batch_size < 1 or batch_size % len(devices):
-        raise ValueError(
-            f"--batch-size {batch_size}: cannot be shared equally by {len(devices)} devices; "
-            f"expected a multiple of {len(devices)}, such as "
-            f"{max(1, round(batch_size / len(devices))) * len(devices)}."
-        )
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The rule for every array of a model, its gradients and its optimizer: where does it live?
-
-    Large ones are split over `fsdp` along their largest dividing axis, but never along the layer
-    axis that lax.scan runs over (it would cut the model in stages); small ones are copied.
-    """
-    parts = mesh.shape["fsdp"]
-
-    def rule(path: tuple, leaf: Any) -> NamedSharding:
-        stacked = "layers" in [getattr(key, "name", None) for key in path]
-        axes = range(1 if stacked else 0, len(leaf.shape))
-        fitting = [axis for axis in axes if leaf.shape[axis] % parts == 0]
-        if not fitting or np.prod([leaf.shape[axis] for axis in axes]) < SMALL:
-            return NamedSharding(mesh, P())
-        largest = max(fitting, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
-
-    return jax.tree_util.tree_map_with_path(rule, tree)
-
-
-def place(tree: Any, mesh: Mesh) -> Any:
-    """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
-
-    def put(leaf: Any, where: NamedSharding) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        return jax.device_put(leaf, where)
-
-    return jax.tree.map(put, tree, shardings(tree, mesh))
-
-
-def by_clip(x: Array) -> Array:
-    """Inside the step: keep clips split over all devices (weights are gathered, clips never)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(AXES))
 
 
 # ---------------------------------------------------------------------------- the loss and the step
@@ -281,17 +245,16 @@ PARTS = (
 )
 
 
-def teacher_state(
-    llm: llama.Llama,
+def text_turn(
     ids: Int[Array, "B L"],
     lengths: Int[Array, "B"],
     prefix: Int[Array, "P"],
     suffix: Int[Array, "R"],
-) -> Float[Array, "B E"]:
-    """The LLM's state that predicts its response to the transcript in text. No gradient.
+) -> tuple[Int[Array, "B positions"], Int[Array, "B"]]:
+    """The transcript as the user's turn, for the teacher; and where its response begins.
 
-    Each row is [prefix; transcript; suffix; padding]; its state is read at the end of the suffix,
-    and the causal mask keeps the padding behind it out of sight.
+    Each row is [prefix; transcript; suffix; padding]; the state that predicts the response stands
+    at the end of the suffix, and the causal mask keeps the padding behind it out of sight.
     """
     before, after = prefix.shape[0], suffix.shape[0]
     position = jnp.arange(before + ids.shape[1] + after)
@@ -300,9 +263,7 @@ def teacher_state(
     tail = suffix[jnp.clip(position - start, 0, after - 1)]
     head = prefix[jnp.clip(position, 0, before - 1)]
     row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
-    hidden = llm(llm.embed(row))
-    last = (lengths + before + after - 1)[:, None, None]
-    return jax.lax.stop_gradient(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    return row, lengths + before + after - 1
 
 
 def response_distance(
@@ -321,19 +282,27 @@ def response_distance(
 
 
 def loss_fn(
-    params: Any, frozen: Frozen, batch: dict[str, Array], recipe: Recipe
+    params: Any,
+    frozen: Frozen,
+    batch: dict[str, Array],
+    recipe: Recipe,
+    recompute: sharding.Recompute = "layers",
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "parts"]]]:
     """The two losses of the paper, weighted; with their parts, and what of PARTS is finite."""
     diva = eqx.combine(params, frozen.diva)
     ids, lengths, weight = batch["ids"], batch["lengths"], batch["weights"]
 
-    states = by_clip(diva.listen(batch["audio"]))
-    virtual = by_clip(diva.connector(states))
+    states = diva.listen(batch["audio"])
+    virtual = diva.connector(states, recompute)
     alignment = distill_loss.token_alignment(virtual, diva.llm.embed(ids), lengths, weight)
 
-    turn = by_clip(diva.embed_turn(virtual, frozen.prefix, frozen.suffix))
-    student = by_clip(diva.llm(turn)[:, -1])
-    teacher = by_clip(teacher_state(diva.llm, ids, lengths, frozen.prefix, frozen.suffix))
+    heard = diva.embed_turn(virtual, frozen.prefix, frozen.suffix)
+    text, last = text_turn(ids, lengths, frozen.prefix, frozen.suffix)
+    # Side by side, so that each layer is gathered once for both.
+    student, teacher = diva.llm((heard, diva.llm.embed(text)), recompute)
+    student = student[:, -1]
+    teacher = jnp.take_along_axis(teacher, last[:, None, None], axis=1)[:, 0]
+    teacher = jax.lax.stop_gradient(teacher)
     response = response_distance(student, teacher, weight, frozen, recipe.response_loss)
 
     loss = recipe.align_weight * alignment + recipe.response_weight * response
@@ -365,7 +334,9 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("recipe", "mesh"), donate_argnames=("params", "opt_state")
+    jax.jit,
+    static_argnames=("recipe", "mesh", "recompute"),
+    donate_argnames=("params", "opt_state"),
 )  # frozen is used again in every step: never donated
 def train_step(
     params: Any,
@@ -376,16 +347,18 @@ def train_step(
     *,
     recipe: Recipe,
     mesh: Mesh,
+    recompute: sharding.Recompute = "attention",
 ):
     """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what by_clip looks up
-        grads, (metrics, finite) = jax.grad(loss_fn, has_aux=True)(params, frozen, batch, recipe)
-    grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what sharding.constrain looks up
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, (metrics, finite) = gradient(params, frozen, batch, recipe, recompute)
+    grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, mesh))
     updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     # Outputs live exactly where the inputs did: so the next step needs no second compilation.
-    params = jax.lax.with_sharding_constraint(params, shardings(params, mesh))
-    opt_state = jax.lax.with_sharding_constraint(opt_state, shardings(opt_state, mesh))
+    params = jax.lax.with_sharding_constraint(params, sharding.shardings(params, mesh))
+    opt_state = jax.lax.with_sharding_constraint(opt_state, sharding.shardings(opt_state, mesh))
     grad_norm = optax.tree.norm(grads)
     metrics |= {
         "grad_norm": grad_norm,
@@ -399,8 +372,15 @@ def train_step(
 # ------------------------------------------------------------------------------------------ the log
 
 
+def write_text(file: epath.Path, text: str) -> None:
+    """Written beside and then renamed: whole or not at all."""
+    partial = file.parent / f"{file.name}.partial"
+    partial.write_text(text)
+    partial.replace(file)
+
+
 @contextlib.contextmanager
-def writing(where: Path) -> Iterator[None]:
+def writing(where: Any) -> Iterator[None]:
     """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
     try:
         yield
@@ -413,20 +393,27 @@ def writing(where: Path) -> Iterator[None]:
 
 
 class Log:
-    """Reads the metrics of each step one step late, so that reading never stalls the device."""
+    """Reads the metrics of each step one step late, so that reading never stalls the device.
 
-    def __init__(self, config: Config, start: int):
+    Every process reads, since each must stop when the run goes wrong; the first one also writes.
+    """
+
+    def __init__(self, config: Config, start: int, work: float):
+        """`work`: FLOPs of one clip, by hand."""
         self.config, self.pending = config, None
         self.seen = self.lost = 0  # clips since this start; those of them without usable audio
-        self.file = Path(config.out) / "metrics.jsonl"
+        self.file = epath.Path(config.out) / "metrics.jsonl"
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        kept = lines[:start]  # line i is step i; what follows the checkpoint will be done again
-        with writing(self.file):
-            self.file.write_text("".join(line + "\n" for line in kept))
-            self.stream = self.file.open("a")
-        self.bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty())
+        # line i is step i; what follows the checkpoint will be done again
+        self.lines, self.changed = lines[:start], len(lines) > start
+        self.writes = jax.process_index() == 0
+        hidden = not self.writes or not sys.stderr.isatty()
+        self.bar = tqdm(total=config.steps, initial=start, disable=hidden)
         self.began = self.last = time.perf_counter()
         self.first = start
+        chip = cost.CHIPS.get(jax.devices()[0].device_kind)
+        # seconds of a step at the chips' peak; None where the chip is not known
+        self.ideal = work * config.batch_size / jax.device_count() / chip.flops if chip else None
 
     def hold(self, step: int, metrics: dict, waited: float) -> None:
         """Remember the metrics of a step that has been dispatched but may not have run yet."""
@@ -448,15 +435,23 @@ class Log:
         self.last = now
         if not finite.all():
             self._stop_not_finite(step, PARTS[int(np.argmin(finite))], row)
-        with writing(self.file):
-            self.stream.write(json.dumps(row) + "\n")
-            self.stream.flush()
+        if self.ideal:
+            row["mfu"] = round(self.ideal / row["seconds"], 4)
+        self.lines.append(json.dumps(row))
+        self.changed = True
         self._show(row)
         self._check_clips(row)
 
+    def write(self) -> None:
+        """Bring metrics.jsonl up to date: at each line shown, each checkpoint and the end."""
+        if self.writes and self.changed:
+            with writing(self.file):
+                write_text(self.file, "".join(line + "\n" for line in self.lines))
+        self.changed = False
+
     def close(self) -> None:
         self.bar.close()
-        self.stream.close()
+        self.write()
 
     def _show(self, row: dict) -> None:
         config, step = self.config, row["step"]
@@ -467,15 +462,22 @@ class Log:
         loss = {name: f"{row[name]:.4g}" for name in ("loss", "alignment", "response")}
         self.bar.set_postfix(loss | {"speed": speed}, refresh=False)
         self.bar.update()
-        if self.bar.disable and ((step + 1) % config.log_every == 0 or step == self.first):
-            left = f"{speed}, {(config.steps - step - 1) / rate:.0f} s left" if rate else ""
-            print(
-                f"step {step + 1}/{config.steps}  "
-                + "  ".join(f"{name} {value}" for name, value in loss.items())
-                + f"  lr {row['lr']:.2e}  gradient {row['grad_norm']:.3g}  "
-                f"waited {row['data_wait']:.2f} s for data  {left or 'compiled'}",
-                flush=True,
-            )
+        if (step + 1) % config.log_every and step != self.first:
+            return
+        self.write()
+        if not self.writes or not self.bar.disable:
+            return
+        texts = [f"step {step + 1}/{config.steps}"]
+        texts += [f"{name} {value}" for name, value in loss.items()]
+        texts += [f"lr {row['lr']:.2e}", f"gradient {row['grad_norm']:.3g}"]
+        if rate:
+            texts += [f"{row['seconds']:.3f} s, {row['data_wait']:.3f} s of it for data", speed]
+            if self.ideal:
+                texts.append(f"MFU {self.ideal * rate:.1%}")
+            if held := (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use"):
+                texts.append(f"HBM {cost.gib(held)}")
+            texts.append(f"{(config.steps - step - 1) / rate:.0f} s left")
+        print("  ".join(texts), flush=True)
 
     def _stop_not_finite(self, step: int, part: str, row: dict) -> None:
         self.bar.close()
@@ -498,7 +500,7 @@ class Log:
             )
 
 
-def plot(folder: Path) -> Path:
+def plot(folder: epath.Path) -> epath.Path:
     """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = np.array([row["step"] for row in rows])
@@ -521,8 +523,10 @@ def plot(folder: Path) -> Path:
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False)
     panels[1].set_xlabel("step")
-    figure.savefig(folder / "loss.png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
     plt.close(figure)
+    (folder / "loss.png").write_bytes(drawn.getvalue())
     return folder / "loss.png"
 
 
@@ -531,7 +535,7 @@ def plot(folder: Path) -> Path:
 
 def open_checkpoints(config: Config) -> ocp.CheckpointManager:
     """The run's checkpoints: written in the background, whole or absent, the newest kept."""
-    folder = Path(config.out).resolve() / "checkpoints"
+    folder = epath.Path(config.out).resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
     with writing(folder):
         return ocp.CheckpointManager(folder, options=options)
@@ -539,7 +543,7 @@ def open_checkpoints(config: Config) -> ocp.CheckpointManager:
 
 def save(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> None:
     """Begin to write the state after `step` steps. Raises OSError, also for the one before it."""
-    with writing(Path(manager.directory) / str(step)):
+    with writing(manager.directory / str(step)):
         state = {"params": params, "opt_state": opt_state}
         manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
@@ -555,20 +559,20 @@ def restore(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: A
         state = manager.restore(step, args=ocp.args.StandardRestore(wanted))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{Path(manager.directory) / str(step)}: not the state of this model ({error}). "
+            f"{manager.directory / str(step)}: not the state of this model ({error}). "
             "Remove it to go on from the one before, or choose another --out."
         ) from error
     return state["params"], state["opt_state"]
 
 
-def claim(file: Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
     """Write down what this run is; or, where it is written already, see that it is the same run.
 
     Returns what is written; with `keep` the old values stand, whatever the new ones are.
     Raises ValueError naming every difference, OSError if the folder cannot be written.
     """
     if file.is_file():
-        theirs = weights.read_json(file)
+        theirs = json.loads(file.read_text())
         if keep:
             return theirs
         changed = [
@@ -584,19 +588,28 @@ def claim(file: Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any
         return theirs
     with writing(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(ours, indent=2) + "\n")
-        partial.rename(file)
+        write_text(file, json.dumps(ours, indent=2) + "\n")
     return ours
 
 
 class Stop:
-    """Turns the first SIGTERM (preemption) or Ctrl-C into a wish; a second one ends at once."""
+    """Turns the first SIGTERM (preemption) or Ctrl-C into a wish; a second one ends at once.
+
+    Of several processes a preemption may reach only one: there JAX listens for SIGTERM and makes
+    them agree on the step to stop at.
+    """
 
     def __enter__(self) -> "Stop":
-        self.asked = ""
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.asked, alone = "", jax.process_count() == 1
+        signals = (signal.SIGTERM, signal.SIGINT) if alone else ()
+        self.old = {number: signal.signal(number, self._ask) for number in signals}
         return self
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before this step; the same answer in every process."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.asked = signal.SIGTERM.name
+        return bool(self.asked)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = signal.Signals(number).name
@@ -623,19 +636,13 @@ def load_corpus(config: Config, chat: llama.Chat, window_samples: int, queries: 
 def load_model(config: Config, mesh: Mesh) -> connector.DiVA:
     """The untrained student: trained part in float32, frozen part in the compute dtype."""
     dtype = jnp.dtype(config.dtype)
-    where = functools.partial(place, mesh=mesh)
+    where = functools.partial(sharding.place, mesh=mesh)
     asr = whisper.Whisper.load(config.whisper, jnp.float32, where)
     encoder = jax.tree.map(lambda x: x.astype(dtype), asr.encoder)
     asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
     llm = llama.Llama.load(config.llm, dtype, where)
     key = jax.random.key(config.seed)
-    return place(connector.DiVA.create(asr, llm, config.queries, key), mesh)
-
-
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows of a batch become part of the global, split batch."""
-    where = NamedSharding(mesh, P(AXES))
-    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+    return sharding.place(connector.DiVA.create(asr, llm, config.queries, key), mesh)
 
 
 def start_state(config: Config, mesh: Mesh, turn: dict) -> tuple[Any, Any, Frozen]:
@@ -643,30 +650,165 @@ def start_state(config: Config, mesh: Mesh, turn: dict) -> tuple[Any, Any, Froze
     diva = load_model(config, mesh)
     params, frozen_diva = eqx.partition(diva, connector.trainable(diva))
     optimizer = make_optimizer(recipe_of(config))
-    where = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    where = sharding.shardings(jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=where)(params)
     gram = None
     if config.response_loss == "gram":
-        gram = place(distill_loss.gram_matrix(diva.llm.output_matrix), mesh)
-    prefix, suffix = (jnp.asarray(turn[side], jnp.int32) for side in ("prefix", "suffix"))
-    return params, opt_state, Frozen(frozen_diva, *place((prefix, suffix), mesh), gram)
+        gram = sharding.place(distill_loss.gram_matrix(diva.llm.output_matrix), mesh)
+    template = [np.asarray(turn[side], np.int32) for side in ("prefix", "suffix")]
+    return params, opt_state, Frozen(frozen_diva, *sharding.place(template, mesh), gram)
+
+
+def abstract_state(
+    config: Config, asr: whisper.WhisperConfig, llm: llama.LlamaConfig, mesh: Mesh
+) -> tuple[Any, Any, Frozen]:
+    """The shapes and shardings of `start_state`, from the sizes of the models alone."""
+    key, dtype, width = jax.random.key(0), jnp.dtype(config.dtype), llm.hidden_size
+
+    def new_connector() -> connector.Connector:
+        decoder = whisper.Whisper.init(asr, key).decoder
+        return connector.Connector.init(decoder, width, 1.0, config.queries, key)
+
+    diva = connector.DiVA(
+        weights.abstract(lambda: whisper.Whisper.init(asr, key).encoder, dtype=dtype),
+        weights.abstract(new_connector),
+        weights.abstract(llama.Llama.init, llm, key, dtype=dtype),
+        asr.num_mel_bins,
+    )
+    params, frozen_diva = eqx.partition(diva, connector.trainable(diva))
+    opt_state = jax.eval_shape(make_optimizer(recipe_of(config)).init, params)
+    template = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)]
+    wants_gram = config.response_loss == "gram"
+    gram = jax.ShapeDtypeStruct((width, width), jnp.float32) if wants_gram else None
+    return sharding.place((params, opt_state, Frozen(frozen_diva, *template, gram)), mesh)
+
+
+def abstract_batch(config: Config, window_samples: int, length: int, mesh: Mesh) -> dict[str, Any]:
+    """The shapes of one batch, over all processes; `length`: L, of the padded transcripts."""
+    where = NamedSharding(mesh, P(sharding.AXES))
+    shapes = {
+        "audio": ((window_samples,), jnp.float32),
+        "ids": ((length,), jnp.int32),
+        "lengths": ((), jnp.int32),
+        "weights": ((), jnp.float32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=where)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows of a batch become part of the global, split batch."""
+    where = NamedSharding(mesh, P(sharding.AXES))
+    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+
+
+def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: dict) -> tuple:
+    """The step, compiled for these arrays or shapes, and what it recomputes: as little as fits.
+
+    Args:
+        room: bytes of memory of one device.
+        state: trained arrays, optimizer state, frozen rest.
+
+    Raises ValueError if it does not fit.
+    """
+    ways = ("attention", "layers") if config.recompute == "auto" else (config.recompute,)
+    for recompute in ways:
+        lowered = train_step.lower(
+            *state, batch, np.int32(0), recipe=recipe_of(config), mesh=mesh, recompute=recompute
+        )
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:  # TPUs refuse what they cannot hold
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            used = re.search(r"Used ([\d.]+)G of", str(error))
+            needed = float(used[1]) * cost.GIB if used else math.inf
+        else:
+            needed = cost.bytes_needed(compiled.memory_analysis())
+        if needed <= room:
+            return compiled, recompute
+    held = jax.tree.leaves((state, batch))
+    fixed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
+    clips = config.batch_size // mesh.size
+    fitting = int(clips * (room - fixed) / (needed - fixed))  # all but the arguments grows with it
+    advice = f"--batch-size {fitting * mesh.size} might fit, or more devices"
+    raise ValueError(
+        f"the step needs {cost.gib(needed)} on each device, which holds {cost.gib(room)} "
+        f"({clips} clips on each of {mesh.size}, recomputing {recompute}). Expected it to fit: "
+        + (advice if fitting else "take more devices or a smaller preset")
+        + ("; so might --recompute layers." if recompute == "attention" else ".")
+    )
+
+
+def compile_only(config: Config) -> str:
+    """What the step would take on the slice of TPUs that --compile-only names."""
+    jax.config.update("jax_platforms", "cpu")  # where the compiler runs
+    config, devices = with_dtype(config, "tpu"), cost.slice_of(config.compile_only)
+    mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
+    chip = cost.CHIPS[devices[0].device_kind]
+    asr = cost.sizes_of(whisper.WhisperConfig, config.whisper)
+    llm = cost.sizes_of(llama.LlamaConfig, config.llm)
+    queries = config.queries or asr.max_target_positions
+    text = min(cost.TEXT, queries)
+    state = abstract_state(config, asr, llm, mesh)
+    batch = abstract_batch(config, asr.window_samples, text, mesh)
+    began = time.perf_counter()
+    compiled, recompute = compile_step(config, mesh, chip.memory, state, batch)
+    seconds = time.perf_counter() - began
+    turn = cost.PREFIX + cost.SUFFIX
+    parts, short = (
+        cost.flops(asr, llm, queries, turn, length) for length in (text, min(cost.MEAN_TEXT, text))
+    )
+    padding = parts["teacher"] - short["teacher"]
+    program = cost.Program(compiled, len(devices))
+    return (
+        f"{config.preset} on {config.compile_only}: {len(devices)} x {devices[0].device_kind}, "
+        f"mesh {mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp, {config.batch_size} clips, "
+        f"{config.dtype}\nbackward recomputes {recompute}; compiled in {seconds:.0f} s\n\n"
+        + cost.report(program, parts, padding, chip, config.batch_size, config.steps)
+    )
 
 
 def train(config: Config, mesh: Mesh, stop: Stop) -> int:
     """Train on from the newest checkpoint; export at the end. Returns the steps done."""
-    out, recipe = Path(config.out), recipe_of(config)
+    out = epath.Path(config.out)
     chat = llama.Chat.load(config.llm)
-    sizes = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
-    queries = config.queries or sizes.max_target_positions
-    corpus = load_corpus(config, chat, sizes.window_samples, queries)
+    asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
+    queries = config.queries or asr.max_target_positions
+    corpus = load_corpus(config, chat, asr.window_samples, queries)
     text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in corpus.clips)
-    claim(out / "clips.json", {"clips": len(corpus.clips), "crc32": zlib.crc32(text.encode())})
+    clips = {"clips": len(corpus.clips), "crc32": zlib.crc32(text.encode())}
+    first = sharding.from_first(lambda: claim(out / "clips.json", clips))
+    if clips != first:
+        raise ValueError(
+            f"{config.data}: {clips} in process {jax.process_index()}, {first} in process 0; "
+            "expected the same clips on every host. Copy them anew, or mount one folder everywhere."
+        )
     # Some templates write today's date: the run keeps the day on which it began.
-    turn = claim(out / "turn.json", dict(zip(("prefix", "suffix"), chat.wrap(), strict=True)), True)
+    turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
+    turn = sharding.from_first(lambda: claim(out / "turn.json", turn, keep=True))
 
-    params, opt_state, frozen = start_state(config, mesh, turn)
+    state = start_state(config, mesh, turn)
+    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    batch = abstract_batch(config, asr.window_samples, corpus.max_length, mesh)
+    began = time.perf_counter()
+    compiled, recompute = compile_step(config, mesh, room, state, batch)
+    llm, positions = state[2].diva.llm.config, len(turn["prefix"] + turn["suffix"])
+    work = sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
+    if jax.process_index() == 0:
+        print(
+            f"compiled the step in {time.perf_counter() - began:.1f} s: "
+            f"{work * config.batch_size / cost.TERA:.3g} TFLOP, "
+            f"{cost.gib(cost.bytes_needed(compiled.memory_analysis()))} on each of {mesh.size} "
+            f"devices, backward recomputes {recompute}",
+            flush=True,
+        )
+
+    params, opt_state, frozen = state
     manager = open_checkpoints(config)
-    step = saved = manager.latest_step() or 0
+    step = saved = first_step = manager.latest_step() or 0
     if step:
         params, opt_state = restore(manager, step, params, opt_state)
         print(f"resuming {out} at step {step} of {config.steps}", flush=True)
@@ -678,65 +820,127 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    log = Log(config, start=step)
+    log = Log(config, step, work)
     try:
-        while step < min(config.steps, config.until or config.steps) and not stop.asked:
+        while step < min(config.steps, config.until or config.steps) and not stop.before(step):
             began = time.perf_counter()
             batch = to_devices(next(batches), mesh)
             waited = time.perf_counter() - began
-            params, opt_state, metrics = train_step(
-                params, opt_state, frozen, batch, np.int32(step), recipe=recipe, mesh=mesh
-            )
+            params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(step))
             log.read()  # step - 1, while the device is busy with this one
             log.hold(step, metrics, waited)
             step += 1
+            if config.profile and step - first_step in (10, 13):
+                log.read()  # the steps before are done: the trace holds three whole ones
+                profile(out, step - first_step == 10)
             if step % config.save_every == 0:
                 log.read()  # only a state known to be good is saved
+                log.write()
                 save(manager, saved := step, params, opt_state)
         log.read()
         if step > saved:
+            log.write()
             save(manager, step, params, opt_state)
     finally:
         log.close()
-        with writing(Path(manager.directory)):
+        with writing(manager.directory):
             manager.close()
     if step == config.steps:
-        with writing(out / "model.safetensors"):
-            eqx.combine(params, frozen.diva).save(out, config.whisper, config.llm)
+        export(config, eqx.combine(params, frozen.diva))
     return step
+
+
+def profile(out: epath.Path, starts: bool) -> None:
+    """Begin to trace what host and devices do, or end it; to be opened with xprof or Perfetto."""
+    if starts:
+        jax.profiler.start_trace(out / "profile")
+    else:
+        jax.profiler.stop_trace()
+        print(f"profile   {out / 'profile'}", flush=True)
+
+
+def export(config: Config, diva: connector.DiVA) -> None:
+    """Write the finished student in the published layout, from process 0."""
+    out = epath.Path(config.out)
+    trained = sharding.on_host(diva.connector)
+    if jax.process_index() > 0:
+        return
+    diva = eqx.tree_at(lambda d: d.connector, diva, trained)
+    with writing(out / "model.safetensors"):
+        if "://" not in str(out):
+            diva.save(config.out, config.whisper, config.llm)
+            return
+        with tempfile.TemporaryDirectory() as folder:  # safetensors writes to local files alone
+            diva.save(folder, config.whisper, config.llm)
+            for name in ("config.json", "model.safetensors"):
+                (epath.Path(folder) / name).copy(out / name, overwrite=True)
 
 
 def run(config: Config) -> None:
     """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
-    out = Path(config.out)
-    mesh = make_mesh(config.batch_size, config.fsdp)
-    claim(out / "train.json", dataclasses.asdict(recipe_of(config)))
-    if (out / "model.safetensors").is_file():
+    given, out = config, epath.Path(config.out)
+    config = with_dtype(config, jax.default_backend())
+    mesh = sharding.make_mesh(config.batch_size, config.fsdp)
+    recipe = dataclasses.asdict(recipe_of(config))
+    finished = sharding.from_first(
+        lambda: [claim(out / "train.json", recipe), (out / "model.safetensors").exists()][1]
+    )
+    if not (out / "train.json").exists():
+        raise ValueError(
+            f"{out}: process {jax.process_index()} does not see what process 0 has written there; "
+            "expected one folder for all hosts. Choose a mounted or gs:// folder as --out."
+        )
+    speaks = jax.process_index() == 0
+    if finished and speaks:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
-    else:
+    if not finished:
         with Stop() as stop:
             steps = train(config, mesh, stop)
         if steps < config.steps:
             reason = stop.asked or "--until"
-            print(f"stopped at step {steps} of {config.steps} ({reason}); saved. Go on with:")
-            print(f"  {command(config)}", flush=True)
+            if speaks:
+                print(f"stopped at step {steps} of {config.steps} ({reason}); saved. Go on with:")
+                print(f"  {command(given)}", flush=True)
             return
+    if not speaks:
+        return
     curve = plot(out)
     print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    if (out / "eval.json").is_file():
-        print(evaluation.table(weights.read_json(out / "eval.json")))
+    if (out / "eval.json").exists():
+        print(evaluation.table(json.loads((out / "eval.json").read_text())))
     elif config.tasks:
-        evaluation.evaluate(out, Path(config.tasks))
+        evaluation.evaluate(Path(config.out), Path(config.tasks))
     print(f"hear as it does: python connector.py CLIP --model {out}")
 
 
 def main() -> None:
     try:
-        run(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        if config.compile_only:
+            print(compile_only(config))
+            return
+        sharding.join_cluster()
+        run(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"error: another process has gone, or cannot be reached ({reason}). Start the same "
+            "command again on all hosts: the run goes on from its newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        return
+    if jax.process_count() > 1:
+        os._exit(1)  # the others hear of it at once: an orderly end would wait for them
+    sys.exit(1)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("weights").setLevel(logging.INFO)
     main()

@@ -9,7 +9,7 @@ The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns t
 connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
 
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
-Reads: weights.py.   Read next: llama.py.
+Reads: sharding.py, weights.py.   Read next: llama.py.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tokenizers import Tokenizer
 
+import sharding
 import weights
 
 SAMPLE_RATE = 16_000
@@ -92,9 +93,13 @@ def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F 
     range below each clip's loudest bin, then (x + 4) / 4.
     """
     padded = jnp.pad(audio.astype(jnp.float32), ((0, 0), (FFT_SIZE // 2,) * 2), mode="reflect")
-    frames = np.arange(audio.shape[1] // HOP)[:, None] * HOP + np.arange(FFT_SIZE)
+    # A window is two and a half hops long: three shifted views, where a TPU would crawl to gather.
+    count = audio.shape[1] // HOP
+    hops = padded[:, : (count + 2) * HOP].reshape(len(audio), count + 2, HOP)
+    parts = [hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : FFT_SIZE - 2 * HOP]]
+    frames = jnp.concatenate(parts, axis=-1)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT_SIZE) / FFT_SIZE)
-    spectrum = jnp.fft.rfft(padded[:, frames] * hann.astype(np.float32))
+    spectrum = jnp.fft.rfft(frames * hann.astype(np.float32))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
     mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
@@ -257,10 +262,10 @@ class Encoder(eqx.Module):
                 f"the encoder got {mel.shape[1]} mel frames; expected {expected} "
                 f"({expected / 100:g} s). Pad or cut the audio to the model's window first."
             )
-        x = gelu(self.conv1(mel))
-        x = gelu(self.conv2(x)) + positions.astype(mel.dtype)
-        x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
-        return self.layer_norm(x)
+        conv1, conv2, positions = sharding.gather((self.conv1, self.conv2, positions), mel.dtype)
+        x = gelu(conv1(mel))
+        x = gelu(conv2(x)) + positions.astype(mel.dtype)
+        return self.layer_norm(sharding.run_layers(self.layers, x, lambda layer, x: layer(x)))
 
 
 class Decoder(eqx.Module):
@@ -277,12 +282,15 @@ class Decoder(eqx.Module):
         return self.embed_tokens.weight[ids]
 
     def __call__(
-        self, inputs: Float[Array, "B L D"], states: Float[Array, "B T D"]
+        self,
+        inputs: Float[Array, "B L D"],
+        states: Float[Array, "B T D"],
+        recompute: sharding.Recompute = "layers",
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm, for inputs (tokens or queries) without positions."""
-        x = inputs + self.embed_positions.weight[: inputs.shape[1]].astype(inputs.dtype)
-        layer = jax.checkpoint(lambda x, layer: (layer(x, states), None))
-        x, _ = jax.lax.scan(layer, x, self.layers)
+        positions = sharding.gather(self.embed_positions.weight, inputs.dtype)
+        x = inputs + positions[: inputs.shape[1]].astype(inputs.dtype)
+        x = sharding.run_layers(self.layers, x, lambda layer, x: layer(x, states), recompute)
         return self.layer_norm(x)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_PROCESSES"] = "1"  # whatever cluster the tests run on, they run alone
 
 
 @pytest.fixture(scope="session", autouse=True)

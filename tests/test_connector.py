@@ -145,7 +145,7 @@ def test_a_fresh_connector_holds_the_arrays_of_the_recognisers_decoder(asr, llm)
 def test_fresh_queries_and_projection_are_random_and_follow_the_key(asr, llm):
     """Queries of deviation 0.02 as in the authors' code, no bias, another key other numbers."""
     one, same, other = (
-        connector.Connector.init(asr.decoder, llm, None, jax.random.key(key)) for key in (0, 0, 1)
+        connector.DiVA.create(asr, llm, None, jax.random.key(key)).connector for key in (0, 0, 1)
     )
     assert_same(one, same)
     assert np.abs(one.query_tokens - other.query_tokens).min() > 0
@@ -166,7 +166,7 @@ def test_fresh_virtual_tokens_are_as_long_as_the_llms_token_embeddings(loudness,
     asr = eqx.tree_at(lambda m: m.decoder.layer_norm, asr, plain)
     table = loudness * jax.random.normal(jax.random.key(1), (20, 256))
     llm = eqx.tree_at(lambda m: m.model.embed_tokens.weight, llm, table)
-    fresh = connector.Connector.init(asr.decoder, llm, None, jax.random.key(2))
+    fresh = connector.DiVA.create(asr, llm, None, jax.random.key(2)).connector
     virtual = speak(fresh, states)
     ratio = np.sqrt(np.square(virtual).mean() / np.square(table).mean())
     assert 1 / 1.2 < ratio < 1.2

@@ -34,6 +34,7 @@ import connector
 import data
 import distill_loss
 import llama
+import sharding
 import train
 import weights
 import whisper
@@ -132,7 +133,7 @@ def root(tmp_path_factory) -> Iterator[Path]:
     write_tokenizer(root / "llama")
     write_tokenizer(root / "whisper")
     write_clips(root / "cv", 8)
-    train.SMALL = 64  # so that arrays of this size are split over devices at all
+    sharding.SMALL = 64  # so that arrays of this size are split over devices at all
     # Compile fast, run slowly; and let the process that one test starts find the compiled step.
     settings = {
         "jax_disable_most_optimizations": True,
@@ -191,7 +192,7 @@ class Started:
 
     def __init__(self, config: train.Config, devices=None):
         self.config, self.recipe = config, train.recipe_of(config)
-        self.mesh = train.make_mesh(config.batch_size, config.fsdp, devices)
+        self.mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
         chat = llama.Chat.load(config.llm)
         turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
         self.params, self.opt_state, self.frozen = train.start_state(config, self.mesh, turn)
@@ -249,7 +250,8 @@ def test_every_field_is_a_flag_with_help(capsys):
         train.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(train.Config):
-        flag = "--" + field.name.replace("_", "-") + " "
+        flag = "--" + field.name.replace("_", "-")
+        flag += ", " if field.type == "bool" or field.type is bool else " "
         assert flag in text, f"{flag} is not a flag"
         assert not text.split(flag)[1].split(" (")[0].endswith("}"), f"{flag} has no help"
 
@@ -304,8 +306,8 @@ def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
 
 def test_sharding_rules(monkeypatch):
     """Large arrays: split along the largest dividing axis, never along layers; small: copied."""
-    monkeypatch.setattr(train, "SMALL", 2**14)
-    mesh = train.make_mesh(8, fsdp=4)
+    monkeypatch.setattr(sharding, "SMALL", 2**14)
+    mesh = sharding.make_mesh(8, fsdp=4)
 
     class Layers(eqx.Module):
         wide: jax.ShapeDtypeStruct
@@ -322,7 +324,7 @@ def test_sharding_rules(monkeypatch):
 
     layers = Layers(shape(1024, 64, 512), shape(32, 513, 128), shape(4096, 128))
     specs = jax.tree.map(
-        lambda s: s.spec, train.shardings(Model(layers, shape(1001, 400), shape()), mesh)
+        lambda s: s.spec, sharding.shardings(Model(layers, shape(1001, 400), shape()), mesh)
     )
     assert specs.layers.wide == P(None, None, "fsdp")
     assert specs.layers.odd == P(None, None, "fsdp")
@@ -332,9 +334,9 @@ def test_sharding_rules(monkeypatch):
 
 def test_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"--batch-size 12.*8 devices.*multiple of 8, such as 16"):
-        train.make_mesh(12)
+        sharding.make_mesh(12)
     with pytest.raises(ValueError, match=r"--fsdp 3.*divisor of the 8 devices"):
-        train.make_mesh(8, fsdp=3)
+        sharding.make_mesh(8, fsdp=3)
 
 
 def test_eight_devices_give_what_one_gives(root, tmp_path):
@@ -393,9 +395,13 @@ def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
     ids = np.arange(8, 14, dtype=np.int32)
     lengths = np.arange(1, 7, dtype=np.int32)
     padded = np.where(np.arange(6) < lengths[:, None], ids, 0).astype(np.int32)
-    states = jax.jit(train.teacher_state)(
-        llm, jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix
-    )
+
+    @jax.jit
+    def teacher(llm):
+        rows, last = train.text_turn(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix)
+        return llm(llm.embed(rows))[jnp.arange(len(rows)), last]
+
+    states = teacher(llm)
     prompts = [np.concatenate([prefix, ids[:n], suffix]) for n in lengths]
     filler = 13  # another word, as padding: it must not matter
     rows = np.stack([np.pad(p, (0, 40 - len(p)), constant_values=filler) for p in prompts])
@@ -406,15 +412,21 @@ def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
 
 
 def test_teacher_gets_no_gradient(root, tmp_path):
-    """Not even where the LLM's weights are asked for theirs."""
+    """Not even where the LLM's token table is asked for its own: the words, which the teacher alone
+    reads, get none; the template, which the student reads too, gets some."""
     run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
-    ids, lengths = jnp.ones((2, 3), jnp.int32), jnp.array([1, 3], jnp.int32)
+    batch, frozen = jax.tree.map(jnp.asarray, next(run.batches)), run.frozen
 
-    def total(llm):
-        return train.teacher_state(llm, ids, lengths, *run.frozen[1:3]).sum()
+    def loss(table):
+        diva = eqx.tree_at(lambda d: d.llm.model.embed_tokens.weight, frozen.diva, table)
+        return train.loss_fn(run.params, frozen._replace(diva=diva), batch, run.recipe)[0]
 
-    grads = jax.jit(jax.grad(total))(run.frozen.diva.llm)
-    assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(grads))
+    gradient = jax.jit(jax.grad(loss))(frozen.diva.llm.model.embed_tokens.weight)
+    words = np.unique(batch["ids"][batch["ids"] > 0])
+    template = np.unique(np.concatenate([frozen.prefix, frozen.suffix]))
+    assert len(words) > 3 and not np.isin(words, template).any()
+    assert np.abs(gradient[words]).max() == 0
+    assert np.abs(gradient[template]).max(axis=1).min() > 0
 
 
 @pytest.mark.parametrize("losses", ["both", "response alone"])
@@ -513,7 +525,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path)
     out = tmp_path / "preempted"
     # A pause before each batch: SIGTERM arrives in the middle of the run on any machine.
     code = (
-        "import time, data, train; train.SMALL = 64; plain = data.batches\n"
+        "import time, data, sharding, train; sharding.SMALL = 64; plain = data.batches\n"
         "def slow(*args, **kwargs):\n"
         "    for batch in plain(*args, **kwargs):\n"
         "        time.sleep(0.1); yield batch\n"

@@ -1,0 +1,228 @@
+"""Sharding: where every array lives, and how a stack of layers runs when no device holds it whole.
+
+    mesh            devices as a grid [data, fsdp]
+    batch           split over both axes: every device has its own clips, and they never move
+    large arrays    split over fsdp: weights, gradients and optimizer alike; copied over data
+    small arrays    copied to every device
+
+A device computes with whole layers on its own clips. So just before a layer runs, its pieces are
+gathered from all devices, in the compute dtype, and behind it they are forgotten; its gradient is
+summed and split in one go (reduce-scatter). That is "fully sharded data parallelism", the same sums
+as on one device. Written down here once, it holds for the encoder, the connector and the LLM.
+
+On one device, or outside of a training step, all of it is nothing at all. On several hosts each
+runs the same program as one process, with the devices of all of them in one mesh.
+
+Source: Rajbhandari et al. 2020, "ZeRO", stage 3.
+Reads: nothing of ours.   Read next: whisper.py.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
+
+AXES = ("data", "fsdp")
+SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
+
+
+def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
+    """All devices as a grid [data, fsdp]. Raises ValueError if batch or fsdp does not fit them."""
+    devices = jax.devices() if devices is None else devices
+    fsdp = fsdp or len(devices)
+    if len(devices) % fsdp:
+        raise ValueError(f"--fsdp {fsdp}: expected a divisor of the {len(devices)} devices here.")
+    if batch_size < 1 or batch_size % len(devices):
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be shared equally by {len(devices)} devices; "
+            f"expected a multiple of {len(devices)}, such as "
+            f"{max(1, round(batch_size / len(devices))) * len(devices)}."
+        )
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+# ----------------------------------------------------------------------------------- where it lives
+
+
+def spec(shape: tuple[int, ...], parts: int, first: int = 0) -> P:
+    """How one array is split in `parts`: along its largest dividing axis, of those from `first` on.
+
+    Not at all, P(), if it is small or no axis divides.
+    """
+    fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
+    if not fitting or np.prod(shape) < SMALL:
+        return P()
+    return P(*[None] * max(fitting, key=lambda axis: shape[axis]), "fsdp")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The rule for every array of a model, its gradients and its optimizer.
+
+    The layer axis of a stack stays whole, since lax.scan runs along it; so do the rows of a lookup
+    table: each device looks up its own columns, and only the rows found need to travel.
+    """
+
+    def rule(path: tuple, leaf: Any) -> NamedSharding:
+        names = {getattr(key, "name", None) for key in path}
+        if "layers" in names:
+            inner = spec(leaf.shape[1:], mesh.shape["fsdp"])
+            return NamedSharding(mesh, P(None, *inner) if inner else P())
+        is_table = bool(names & {"embed_tokens", "embed_positions"})
+        return NamedSharding(mesh, spec(leaf.shape, mesh.shape["fsdp"], first=int(is_table)))
+
+    return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
+
+    def put(leaf: Any, where: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.device_put(leaf, where)
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+# ------------------------------------- inside the step, where use_abstract_mesh names the mesh
+
+
+def constrain(x: Array, where: P) -> Array:
+    """`x` laid out as `where` says; as it is, where no mesh is named."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, where)
+
+
+def by_clip(tree: PyTree) -> PyTree:
+    """Keep clips, the first axis of every array, split over all devices."""
+    return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
+
+
+@jax.custom_vjp
+def gathered(piece: Array) -> Array:
+    """A split array, whole on every device; backward its gradient is split as it was."""
+    return constrain(piece, P())
+
+
+def _gathered_forward(piece: Array):
+    return gathered(piece), None
+
+
+def _gathered_backward(_: None, gradient: Array):
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["fsdp"]
+    return (constrain(gradient, spec(gradient.shape, parts)),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def gather(layer: PyTree, dtype: Any) -> PyTree:
+    """All of a layer on every device. Large arrays travel in `dtype`, in which they are used."""
+
+    def whole(x: Array) -> Array:
+        return gathered(x.astype(dtype)) if x.size >= SMALL else x
+
+    return jax.tree.map(whole, layer)
+
+
+def lookup(table: Float[Array, "rows E"], ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+    """`table[ids]`: each device finds all rows in its own columns, then each clip gets its rows."""
+    found = table[constrain(ids, P("data"))]
+    return by_clip(constrain(found, P("data", None, "fsdp")))
+
+
+# What the backward pass computes again, to save memory; gathered weights are always gathered anew.
+Recompute = Literal["attention", "layers"]
+POLICIES = {
+    # Products with weights are kept: norms, activations and attention are about 1 % of the work.
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Only the input of each layer is kept: the forward pass is done twice.
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(
+    layers: PyTree, x: PyTree, body: Callable[[Any, Any], Any], recompute: Recompute = "layers"
+) -> PyTree:
+    """`x = body(layer, x)` for every layer of a stack: compiled once, whatever their number.
+
+    `x` may be several arrays (student and teacher): they share each gathered layer.
+    """
+    dtype = jax.tree.leaves(x)[0].dtype
+
+    @functools.partial(jax.checkpoint, policy=POLICIES[recompute], prevent_cse=False)
+    def step(x, layer):
+        return by_clip(body(gather(layer, dtype), x)), None
+
+    return jax.lax.scan(step, by_clip(x), layers)[0]
+
+
+# -------------------------------------------------------------------------------- several processes
+
+HEARTBEAT = 30  # seconds without a word from a process, after which the others stop
+
+
+def join_cluster() -> None:
+    """Become one process of several, where a cluster (a TPU pod, SLURM, Open MPI, ...) says so, or
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    JAX_NUM_PROCESSES=1 alone: stay alone, whatever the cluster. To be called before any other use
+    of JAX. Raises ValueError.
+    """
+    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    by_hand = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if count == "1" and not by_hand:
+        return
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError) as error:
+        if "coordinator_address should be defined" in str(error) and not count:
+            return  # no cluster anywhere
+        raise ValueError(
+            f"could not join the other processes ({error}). Expected a cluster that JAX knows, or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. "
+            "Set JAX_NUM_PROCESSES=1 to run alone."
+        ) from error
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns in process 0 (anything that JSON can say), in every process.
+
+    What it raises there is raised everywhere, so that no process waits for one that has gone.
+    """
+    if jax.process_count() == 1:
+        return make()
+    said: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            said = {"value": make()}
+        except (ValueError, OSError) as error:
+            said = {"error": str(error)}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    said = json.loads(np.asarray(text).tobytes())
+    if "error" in said:
+        raise ValueError(said["error"])
+    return said["value"]
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """Split arrays, whole in the memory of every host, one at a time."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
