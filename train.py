@@ -379,6 +379,12 @@ def write_text(file: epath.Path, text: str) -> None:
     partial.replace(file)
 
 
+ALONE = (
+    "another process has gone, or cannot be reached ({}). Start the same command again on all "
+    "hosts: the run goes on from its newest checkpoint."
+)
+
+
 @contextlib.contextmanager
 def writing(where: Any) -> Iterator[None]:
     """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
@@ -386,6 +392,8 @@ def writing(where: Any) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1]
+        if jax.process_count() > 1 and "barrier" in reason:  # where all wait for all
+            raise OSError(ALONE.format(reason)) from error
         raise OSError(
             f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
             "space or permit writing, then start the same command again; or choose another --out."
@@ -927,12 +935,7 @@ def main() -> None:
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]
-        print(
-            f"error: another process has gone, or cannot be reached ({reason}). Start the same "
-            "command again on all hosts: the run goes on from its newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {ALONE.format(reason)}", file=sys.stderr, flush=True)
     else:
         return
     if jax.process_count() > 1:
