@@ -71,13 +71,19 @@ def slice_of(name: str) -> list[jax.Device]:
     pairs = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
     options = pairs if name.startswith(("v4:", "v5p:")) else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except RuntimeError as error:
         raise ValueError(
             f"--compile-only {name}: no such slice ({str(error).splitlines()[0]}). Expected a TPU "
             "and its chips along each axis, such as v4:4x4x8, v5p:4x4x4, v5e:8x8 or v6e:8x8, and "
             "the compiler: pip install '.[tpu]'."
         ) from error
+    if found[0].device_kind not in CHIPS:
+        raise ValueError(
+            f"--compile-only {name}: the memory and speed of a {found[0].device_kind} are not "
+            f"known. Expected one of {', '.join(CHIPS)}: add it to CHIPS in cost.py."
+        )
+    return found
 
 
 # Sizes of the presets' models, under the names of their config.json: enough to compile for a slice.
@@ -246,7 +252,7 @@ class Program:
                 self.flops += times * count(shape, *self._shapes(operands), rest)
             base = kind.removesuffix("-start")
             if base in TRAVEL and self._is_new(rest):
-                self.collectives[base] += self._collective(base, shape, operands, rest, times)
+                self.collectives[base] += self._collective(kind, shape, operands, rest, times)
             turns = self._turns(rest) if kind == "while" else 1
             for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", rest):
                 self._walk(called, times * turns)
@@ -272,10 +278,13 @@ class Program:
         return max((int(end) for end in ends if end.isdigit()), default=1)
 
     def _collective(self, kind: str, shape: str, operands: str, rest: str, times: int):
+        arrays, given = _arrays(shape), self._shapes(operands)
         if kind == "reduce-scatter":
-            shape = " ".join(self._shapes(operands))
-        size = sum(math.prod(dims) * bits / 8 for bits, dims in _arrays(shape))
-        travel = size * TRAVEL[kind](_group(rest, self.chips))
+            arrays = _arrays(" ".join(given))
+        elif kind in ("all-gather-start", "collective-permute-start"):  # operands, results, rest
+            arrays = arrays[len(given) : 2 * len(given)]
+        size = sum(math.prod(dims) * bits / 8 for bits, dims in arrays)
+        travel = size * TRAVEL[kind.removesuffix("-start")](_group(rest, self.chips))
         return Collective(times, times * size, times * travel)
 
 
@@ -306,9 +315,10 @@ def _group(rest: str, chips: int) -> int:
         return len(listed[1].split(","))
     if shaped := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
         return int(shaped[2])
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+        parts = re.findall(r"'(\w+)(?:'?:\(\d+\)(\d+))?", named[2])  # x:(2)4 is a part of x, of 4
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return chips
 
 

@@ -28,7 +28,6 @@ import optax
 import pytest
 import soundfile
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import connector
@@ -303,41 +302,6 @@ def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
 
 
 # -------------------------------------------------------------------------------- where arrays live
-
-
-def test_sharding_rules(monkeypatch):
-    """Large arrays: split along the largest dividing axis, never along layers; small: copied."""
-    monkeypatch.setattr(sharding, "SMALL", 2**14)
-    mesh = sharding.make_mesh(8, fsdp=4)
-
-    class Layers(eqx.Module):
-        wide: jax.ShapeDtypeStruct
-        odd: jax.ShapeDtypeStruct
-        norm: jax.ShapeDtypeStruct
-
-    class Model(eqx.Module):
-        layers: Layers
-        table: jax.ShapeDtypeStruct
-        scale: jax.ShapeDtypeStruct
-
-    def shape(*s):
-        return jax.ShapeDtypeStruct(s, jnp.float32)
-
-    layers = Layers(shape(1024, 64, 512), shape(32, 513, 128), shape(4096, 128))
-    specs = jax.tree.map(
-        lambda s: s.spec, sharding.shardings(Model(layers, shape(1001, 400), shape()), mesh)
-    )
-    assert specs.layers.wide == P(None, None, "fsdp")
-    assert specs.layers.odd == P(None, None, "fsdp")
-    assert specs.layers.norm == specs.scale == P()
-    assert specs.table == P(None, "fsdp")
-
-
-def test_batch_that_devices_cannot_share_is_refused():
-    with pytest.raises(ValueError, match=r"--batch-size 12.*8 devices.*multiple of 8, such as 16"):
-        sharding.make_mesh(12)
-    with pytest.raises(ValueError, match=r"--fsdp 3.*divisor of the 8 devices"):
-        sharding.make_mesh(8, fsdp=3)
 
 
 def test_eight_devices_give_what_one_gives(root, tmp_path):
