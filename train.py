@@ -149,6 +149,11 @@ class Config(Recipe):
             if getattr(self, name) < smallest:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {getattr(self, name)}: expected at least {smallest}.")
+        if self.tasks and self.out and "://" in self.out:
+            raise ValueError(
+                f"--tasks {self.tasks}: a student in a bucket is not evaluated. Expected --tasks "
+                "None; then copy the run's folder and give it to eval.py."
+            )
 
 
 # The paper's recipe: Common Voice 17 English, 4,300 steps of 512 clips = two epochs.
@@ -372,8 +377,15 @@ def train_step(
 # ------------------------------------------------------------------------------------------ the log
 
 
+def in_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
 def write_text(file: epath.Path, text: str) -> None:
-    """Written beside and then renamed: whole or not at all."""
+    """Whole or not at all: beside and then renamed; a bucket's objects are so by themselves."""
+    if in_bucket(file):
+        file.write_text(text)
+        return
     partial = file.parent / f"{file.name}.partial"
     partial.write_text(text)
     partial.replace(file)
@@ -543,7 +555,8 @@ def plot(folder: epath.Path) -> epath.Path:
 
 def open_checkpoints(config: Config) -> ocp.CheckpointManager:
     """The run's checkpoints: written in the background, whole or absent, the newest kept."""
-    folder = epath.Path(config.out).resolve() / "checkpoints"
+    out = epath.Path(config.out)
+    folder = (out if in_bucket(out) else out.resolve()) / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
     with writing(folder):
         return ocp.CheckpointManager(folder, options=options)
@@ -861,7 +874,9 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
 def profile(out: epath.Path, starts: bool) -> None:
     """Begin to trace what host and devices do, or end it; to be opened with xprof or Perfetto."""
     if starts:
-        jax.profiler.start_trace(out / "profile")
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # not each Python call of the threads that read clips
+        jax.profiler.start_trace(out / "profile", profiler_options=options)
     else:
         jax.profiler.stop_trace()
         print(f"profile   {out / 'profile'}", flush=True)
@@ -875,7 +890,7 @@ def export(config: Config, diva: connector.DiVA) -> None:
         return
     diva = eqx.tree_at(lambda d: d.connector, diva, trained)
     with writing(out / "model.safetensors"):
-        if "://" not in str(out):
+        if not in_bucket(out):
             diva.save(config.out, config.whisper, config.llm)
             return
         with tempfile.TemporaryDirectory() as folder:  # safetensors writes to local files alone
@@ -884,9 +899,24 @@ def export(config: Config, diva: connector.DiVA) -> None:
                 (epath.Path(folder) / name).copy(out / name, overwrite=True)
 
 
+def look_into(bucket: epath.Path) -> None:
+    """Raises ValueError if a folder in a bucket cannot be read, before anything else is done."""
+    try:
+        bucket.exists()
+    except Exception as error:  # gcsfs, its transport and its login have no common ancestor
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--out {bucket}: cannot be read ({reason}). Expected a bucket that this machine may "
+            "write to: pip install '.[gcs]', and log in with `gcloud auth application-default "
+            "login` (TPU VMs are logged in)."
+        ) from error
+
+
 def run(config: Config) -> None:
     """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
     given, out = config, epath.Path(config.out)
+    if in_bucket(out):
+        look_into(out)
     config = with_dtype(config, jax.default_backend())
     mesh = sharding.make_mesh(config.batch_size, config.fsdp)
     recipe = dataclasses.asdict(recipe_of(config))
@@ -918,7 +948,8 @@ def run(config: Config) -> None:
         print(evaluation.table(json.loads((out / "eval.json").read_text())))
     elif config.tasks:
         evaluation.evaluate(Path(config.out), Path(config.tasks))
-    print(f"hear as it does: python connector.py CLIP --model {out}")
+    if not in_bucket(out):
+        print(f"hear as it does: python connector.py CLIP --model {out}")
 
 
 def main() -> None:

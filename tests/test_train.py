@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -27,10 +28,12 @@ import numpy as np
 import optax
 import pytest
 import soundfile
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import connector
+import cost
 import data
 import distill_loss
 import llama
@@ -481,6 +484,44 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root, finished, tmp_path, caps
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
     a, b = ((f / "model.safetensors").read_bytes() for f in (out, finished))
     assert a == b
+
+
+def test_the_log_shows_where_the_time_goes(root, tmp_path, capfd, monkeypatch):
+    """Step time, data wait, clips/s and, for a chip whose peak is known, MFU; a trace if asked."""
+    chip = cost.Chip(flops=1e9, memory=1e9, bandwidth=1e9, links=1e9)
+    monkeypatch.setitem(cost.CHIPS, "cpu", chip)
+    train.run(config_of(root, tmp_path, until=15, log_every=5, profile=True))
+    output = capfd.readouterr().out
+    line = next(line for line in output.splitlines() if line.startswith("step 10/"))
+    number = r"(\d+\.\d+)"
+    found = re.search(
+        rf"gradient .*  {number} s, {number} s of it for data  (\d+) clips/s  MFU {number}%  \d+ s",
+        line,
+    )
+    assert found, line
+    sizes = weights.read_config(whisper.WhisperConfig, root / "whisper")
+    llm = weights.read_config(llama.LlamaConfig, root / "llama")
+    turn = weights.read_json(tmp_path / "turn.json")
+    work = cost.flops(sizes, llm, 8, len(turn["prefix"] + turn["suffix"]), 8)
+    row = rows_of(tmp_path)[9]
+    expected = sum(work.values()) * 8 / 8 / chip.flops / row["seconds"]  # 8 clips, 8 devices
+    assert row["mfu"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert 0 <= row["data_wait"] < row["seconds"]
+    assert f"profile   {tmp_path / 'profile'}" in output
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_bucket_that_cannot_be_read_is_a_message(root, monkeypatch):
+    """Whatever its library raises; and a student in a bucket is not evaluated at the end."""
+
+    def no_login(_):
+        raise RuntimeError("Anonymous caller\nmore")
+
+    monkeypatch.setattr(type(epath.Path("gs://b")), "exists", no_login)
+    with pytest.raises(ValueError, match=r"--out gs://b/run: cannot be read \(Anonymous caller\)"):
+        train.run(config_of(root, "gs://b/run"))
+    with pytest.raises(ValueError, match="--tasks tasks: a student in a bucket is not evaluated"):
+        config_of(root, "gs://b/run", tasks="tasks")
 
 
 def start_process(config: train.Config, **environment: str) -> subprocess.Popen:
