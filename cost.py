@@ -371,6 +371,22 @@ def bytes_needed(memory: Any) -> int:
     )
 
 
+def step_times(program: Program, chip: Chip) -> tuple[dict[str, float], float, float]:
+    """Seconds that one step takes at least for products, memory and links; at 100 % of peak, where
+    all three go on at the same time; and at SHARE of it."""
+    sent = sum(c.travel for c in program.collectives.values())
+    whole = sum(c.bytes for c in program.collectives.values())
+    # At least: what is gathered and what is kept for the backward pass, written and read once each.
+    moved = 2 * (whole + program.memory.temp_size_in_bytes)
+    bounds = {
+        "products": program.flops / chip.flops,
+        "memory": moved / chip.bandwidth,
+        "links": sent / chip.links,
+    }
+    roof = max(bounds.values())
+    return bounds, roof, max(roof, bounds["products"] / SHARE)
+
+
 def report(
     program: Program, parts: dict[str, float], padding: float, chip: Chip, clips: int, steps: int
 ) -> str:
@@ -406,19 +422,10 @@ def report(
         f"   computed twice {1 - by_hand / compiled:.1%}, padded text {padding / compiled:.1%}",
         f"  {'XLA, each loop counted once':32}{program.counted_once * chips / clips / TERA:12.2f}",
     ]
-    sent = sum(c.travel for c in program.collectives.values())
-    whole = sum(c.bytes for c in program.collectives.values())
-    # At least: what is gathered and what is kept for the backward pass, written and read once each.
-    moved = 2 * (whole + memory.temp_size_in_bytes)
-    times = {
-        "products": by_hand * clips / chips / chip.flops,
-        "memory": moved / chip.bandwidth,
-        "links": sent / chip.links,
-    }
-    roof, fair = max(times.values()), times["products"] / SHARE
+    bounds, roof, fair = step_times(program, chip)
     lines += ["", f"{'time of one step, at least':34}{'s':>12}"]
-    lines += [f"  {name:32}{seconds:12.3f}" for name, seconds in times.items()]
-    for share, seconds in ((1, roof), (SHARE, max(roof, fair))):
+    lines += [f"  {name:32}{seconds:12.3f}" for name, seconds in bounds.items()]
+    for share, seconds in ((1, roof), (SHARE, fair)):
         lines += [
             f"  {f'at {100 * share:.0f} % of peak':32}{seconds:12.3f}   {steps} steps in "
             f"{steps * seconds / 60:.0f} min, {clips / seconds:.0f} clips/s"

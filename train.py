@@ -6,18 +6,20 @@
                                                       :                                         :
     transcript --------------------------> token embeddings --> [prefix; text; suffix] ------> LLM
 
-One chapter, read from the top: what a run is made of (Recipe, Config, presets), where arrays live
-(mesh, sharding rules), the loss and the step, the log, the checkpoints, the loop, the end.
+One chapter, read from the top: what a run is made of (Recipe, Config, presets), the loss and the
+step, the log, the checkpoints, the loop, the end. Where arrays live on many devices is told in
+sharding.py; the same command on every host of a cluster is one run.
 
     python train.py                                  # the toy universe, minutes on a laptop
     python train.py --preset diva-8b --data cv/en    # the published run
+    python train.py --preset diva-8b --compile-only v4:4x4x8    # what it would take, without a TPU
     python train.py --help                           # every field of Config is a flag
 
 A run that was interrupted (Ctrl-C, SIGTERM, power cut) goes on when the same command is started
 again, and ends with the same weights, bit for bit, as if nothing had happened.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
-Reads: connector.py, distill_loss.py, data.py.   Read next: eval.py.
+Reads: sharding.py, cost.py, connector.py, distill_loss.py, data.py.   Read next: eval.py.
 """
 
 import argparse
@@ -648,7 +650,8 @@ def load_corpus(config: Config, chat: llama.Chat, window_samples: int, queries: 
     """The clips to train on, with their tokens. Raises ValueError if there are none."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [chat.encode(text) for text in texts]
+        rows = chat.tokenizer.encode_batch(texts, add_special_tokens=False)  # on all cores
+        return [row.ids for row in rows]
 
     clips = data.read_clips(config.data, config.split)
     return data.prepare(clips, encode, window_samples, max_tokens=queries)
@@ -753,18 +756,31 @@ def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: d
     held = jax.tree.leaves((state, batch))
     fixed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
     clips = config.batch_size // mesh.size
-    fitting = int(clips * (room - fixed) / (needed - fixed))  # all but the arguments grows with it
+    # all but the arguments grows with the clips
+    fitting = max(0, int(clips * (room - fixed) / (needed - fixed)))
     advice = f"--batch-size {fitting * mesh.size} might fit, or more devices"
     raise ValueError(
-        f"the step needs {cost.gib(needed)} on each device, which holds {cost.gib(room)} "
+        f"the step needs {cost.gib(needed) if needed < math.inf else 'more'} on each device, which holds {cost.gib(room)} "
         f"({clips} clips on each of {mesh.size}, recomputing {recompute}). Expected it to fit: "
         + (advice if fitting else "take more devices or a smaller preset")
         + ("; so might --recompute layers." if recompute == "attention" else ".")
     )
 
 
-def compile_only(config: Config) -> str:
-    """What the step would take on the slice of TPUs that --compile-only names."""
+class SliceProgram(NamedTuple):
+    """The step as it would run on a slice of TPUs."""
+
+    devices: list[jax.Device]
+    mesh: Mesh
+    recompute: sharding.Recompute
+    seconds: float  # that compiling took
+    program: cost.Program
+    parts: dict[str, float]  # FLOPs of one clip, by hand
+    padding: float  # those of them that are spent on padded text
+
+
+def compile_for(config: Config) -> SliceProgram:
+    """The step for the slice that --compile-only names, from shapes alone. Raises ValueError."""
     jax.config.update("jax_platforms", "cpu")  # where the compiler runs
     config, devices = with_dtype(config, "tpu"), cost.slice_of(config.compile_only)
     mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
@@ -784,11 +800,18 @@ def compile_only(config: Config) -> str:
     )
     padding = parts["teacher"] - short["teacher"]
     program = cost.Program(compiled, len(devices))
+    return SliceProgram(devices, mesh, recompute, seconds, program, parts, padding)
+
+
+def compile_only(config: Config) -> str:
+    """What the step would take on the slice of TPUs that --compile-only names."""
+    devices, mesh, recompute, seconds, program, parts, padding = compile_for(config)
+    kind = devices[0].device_kind
     return (
-        f"{config.preset} on {config.compile_only}: {len(devices)} x {devices[0].device_kind}, "
-        f"mesh {mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp, {config.batch_size} clips, "
-        f"{config.dtype}\nbackward recomputes {recompute}; compiled in {seconds:.0f} s\n\n"
-        + cost.report(program, parts, padding, chip, config.batch_size, config.steps)
+        f"{config.preset} on {config.compile_only}: {len(devices)} x {kind}, mesh "
+        f"{mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp, {config.batch_size} clips\n"
+        f"backward recomputes {recompute}; compiled in {seconds:.0f} s\n\n"
+        + cost.report(program, parts, padding, cost.CHIPS[kind], config.batch_size, config.steps)
     )
 
 

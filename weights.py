@@ -14,7 +14,7 @@ A template of `jax.ShapeDtypeStruct`s says what is wanted: shape, dtype and, if 
 process reads only the slices that its own devices hold, and one at a time: beside what they hold,
 the host needs room for two such slices, not for a model.
 
-Reads: nothing of ours.   Read next: whisper.py.
+Reads: nothing of ours.   Read next: sharding.py.
 """
 
 import dataclasses

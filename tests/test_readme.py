@@ -11,7 +11,7 @@ import pytest
 
 import eval as evaluation
 import train
-from benchmarks import toy
+from benchmarks import slices, toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +51,13 @@ def test_the_tables_are_the_measurements():
         assert table in README
 
 
+def test_the_table_of_slices_is_what_was_compiled():
+    """The TPU table is what benchmarks/slices.py prints from benchmarks/slices.json."""
+    rows = json.loads((ROOT / "benchmarks" / "slices.json").read_text())
+    assert [(row["preset"], row["slice"]) for row in rows] == slices.SLICES
+    assert slices.table(rows) in README
+
+
 def test_the_longer_run_is_the_shipped_student():
     """Its scores in the table are those of toy/diva/eval.json, on the whole test split."""
     measured = json.loads((ROOT / "benchmarks" / "toy.json").read_text())
@@ -73,7 +80,7 @@ def test_the_shown_table_is_that_of_the_default_command():
 def test_the_training_commands_are_understood():
     """Every `python train.py` command of README parses, flags and all."""
     text = README.replace("\\\n", " ")
-    commands = set(re.findall(r"python train\.py([^`\n]*)", text))
+    commands = set(re.findall(r"python train\.py([^`\n>&]*)", text))
     assert any("--preset diva-8b" in command for command in commands)
     for command in commands - {" --help"}:
         train.parse(shlex.split(command, comments=True))

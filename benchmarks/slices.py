@@ -1,0 +1,81 @@
+"""What a step takes on TPUs: `python -m benchmarks.slices` (about fifteen minutes on 2 cores).
+
+Compiles the published recipe for slices of TPUs, without one (pip install '.[tpu]'), and prints
+README's table. What was measured is kept in benchmarks/slices.json.
+"""
+
+import json
+from pathlib import Path
+
+import cost
+import train
+
+FILE = Path(__file__).with_suffix(".json")
+SLICES = [
+    ("diva-8b", "v4:4x4x8"),
+    ("diva-8b", "v5p:4x4x4"),
+    ("diva-8b", "v5e:8x8"),
+    ("diva-8b", "v6e:8x8"),
+    ("diva-1b", "v5e:4x4"),
+]
+HEADINGS = (
+    "preset | slice | chips | recomputes | memory, GiB a chip | moved, GB | TFLOP a clip by hand / "
+    "compiled | step at 40 % of peak, s | whole run at 100 % / 40 % of peak | chip-hours at 40 %"
+)
+
+
+def measure(preset: str, name: str) -> dict:
+    config = train.parse(["--preset", preset, "--compile-only", name])
+    found = train.compile_for(config)
+    chip, program = cost.CHIPS[found.devices[0].device_kind], found.program
+    bounds, roof, fair = cost.step_times(program, chip)
+    return {
+        "preset": preset,
+        "slice": name,
+        "chips": len(found.devices),
+        "recompute": found.recompute,
+        "compile_seconds": round(found.seconds),
+        "memory": cost.bytes_needed(program.memory),
+        "room": chip.memory,
+        "collectives": {k: vars(c) for k, c in program.collectives.items()},
+        "flops": sum(found.parts.values()),
+        "flops_compiled": program.flops * len(found.devices) / config.batch_size,
+        "bounds": bounds,
+        "step_seconds": [roof, fair],
+        "steps": config.steps,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """README's table."""
+    lines = [f"| {HEADINGS} |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        gathered = sum(c["bytes"] for c in row["collectives"].values())
+        whole, part = (row["steps"] * seconds / 60 for seconds in row["step_seconds"])
+        cells = [
+            f"`{row['preset']}`",
+            f"`{row['slice']}`",
+            str(row["chips"]),
+            row["recompute"],
+            f"{row['memory'] / cost.GIB:.1f} of {row['room'] / cost.GIB:.0f}",
+            f"{gathered / 1e9:.1f}",
+            f"{row['flops'] / cost.TERA:.1f} / {row['flops_compiled'] / cost.TERA:.1f}",
+            f"{row['step_seconds'][1]:.2f}",
+            f"{whole:.0f} / {part:.0f} min",
+            f"{row['chips'] * part / 60:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    rows = []
+    for preset, name in SLICES:
+        rows.append(measure(preset, name))
+        print(json.dumps(rows[-1]), flush=True)
+        FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
