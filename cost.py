@@ -10,7 +10,7 @@ with the `tpu` extra: XLA compiles for a slice of TPUs from shapes alone, withou
 1 product = 1 multiply-add = 2 FLOPs. Peaks are those of dense bfloat16.
 
 Axes: F mel frames, T encoder positions, Q queries, D width of Whisper, E width of the LLM.
-Reads: whisper.py, llama.py (their sizes).   Read next: train.py.
+Reads: whisper.py, llama.py, weights.py.   Read next: record.py.
 """
 
 import dataclasses

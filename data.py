@@ -10,7 +10,7 @@ threads that run ahead of the device. Nothing is ever cut: what does not fit is 
 and reported.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
-Reads: nothing of ours.   Read next: train.py.
+Reads: nothing of ours.   Read next: cost.py.
 """
 
 import csv

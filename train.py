@@ -7,8 +7,8 @@
     transcript --------------------------> token embeddings --> [prefix; text; suffix] ------> LLM
 
 One chapter, read from the top: what a run is made of (Recipe, Config, presets), the loss and the
-step, the log, the checkpoints, the loop, the end. Where arrays live on many devices is told in
-sharding.py; the same command on every host of a cluster is one run.
+step, how it is compiled, the loop. Where arrays live on many devices is told in sharding.py, what a
+run leaves behind in record.py. The same command on every host of a cluster is one run.
 
     python train.py                                  # the toy universe, minutes on a laptop
     python train.py --preset diva-8b --data cv/en    # the published run
@@ -19,45 +19,36 @@ A run that was interrupted (Ctrl-C, SIGTERM, power cut) goes on when the same co
 again, and ends with the same weights, bit for bit, as if nothing had happened.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
-Reads: sharding.py, cost.py, connector.py, distill_loss.py, data.py.   Read next: eval.py.
+Reads: connector.py, distill_loss.py, data.py, sharding.py, cost.py, record.py.
+Read next: eval.py.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import logging
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
-from safetensors import SafetensorError
-from tqdm import tqdm
 
 import connector
 import cost
@@ -65,12 +56,10 @@ import data
 import distill_loss
 import eval as evaluation
 import llama
+import record
 import sharding
 import weights
 import whisper
-
-matplotlib.use("Agg")
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it also raises
 
 # ---------------------------------------------------------------------------- what a run is made of
 
@@ -376,274 +365,7 @@ def train_step(
     return params, opt_state, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, P()))
 
 
-# ------------------------------------------------------------------------------------------ the log
-
-
-def in_bucket(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def write_text(file: epath.Path, text: str) -> None:
-    """Whole or not at all: beside and then renamed; a bucket's objects are so by themselves."""
-    if in_bucket(file):
-        file.write_text(text)
-        return
-    partial = file.parent / f"{file.name}.partial"
-    partial.write_text(text)
-    partial.replace(file)
-
-
-ALONE = (
-    "another process has gone, or cannot be reached ({}). Start the same command again on all "
-    "hosts: the run goes on from its newest checkpoint."
-)
-
-
-@contextlib.contextmanager
-def writing(where: Any) -> Iterator[None]:
-    """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        if jax.process_count() > 1 and "barrier" in reason:  # where all wait for all
-            raise OSError(ALONE.format(reason)) from error
-        raise OSError(
-            f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
-            "space or permit writing, then start the same command again; or choose another --out."
-        ) from error
-
-
-class Log:
-    """Reads the metrics of each step one step late, so that reading never stalls the device.
-
-    Every process reads, since each must stop when the run goes wrong; the first one also writes.
-    """
-
-    def __init__(self, config: Config, start: int, work: float):
-        """`work`: FLOPs of one clip, by hand."""
-        self.config, self.pending = config, None
-        self.seen = self.lost = 0  # clips since this start; those of them without usable audio
-        self.file = epath.Path(config.out) / "metrics.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        # line i is step i; what follows the checkpoint will be done again
-        self.lines, self.changed = lines[:start], len(lines) > start
-        self.writes = jax.process_index() == 0
-        hidden = not self.writes or not sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=start, disable=hidden)
-        self.began = self.last = time.perf_counter()
-        self.first = start
-        chip = cost.CHIPS.get(jax.devices()[0].device_kind)
-        # seconds of a step at the chips' peak; None where the chip is not known
-        self.ideal = work * config.batch_size / jax.device_count() / chip.flops if chip else None
-
-    def hold(self, step: int, metrics: dict, waited: float) -> None:
-        """Remember the metrics of a step that has been dispatched but may not have run yet."""
-        self.pending = (step, metrics, waited)
-
-    def read(self) -> None:
-        """Wait for the remembered step, write it down, and stop the run if it went wrong.
-
-        Raises FloatingPointError (something is not finite) or ValueError (too many unusable clips).
-        """
-        if self.pending is None:
-            return
-        (step, metrics, waited), self.pending = self.pending, None
-        values = jax.device_get(metrics)
-        finite = values.pop("finite")
-        now = time.perf_counter()
-        row = {"step": step} | {name: float(value) for name, value in values.items()}
-        row |= {"seconds": round(now - self.last, 4), "data_wait": round(waited, 4)}
-        self.last = now
-        if not finite.all():
-            self._stop_not_finite(step, PARTS[int(np.argmin(finite))], row)
-        if self.ideal:
-            row["mfu"] = round(self.ideal / row["seconds"], 4)
-        self.lines.append(json.dumps(row))
-        self.changed = True
-        self._show(row)
-        self._check_clips(row)
-
-    def write(self) -> None:
-        """Bring metrics.jsonl up to date: at each line shown, each checkpoint and the end."""
-        if self.writes and self.changed:
-            with writing(self.file):
-                write_text(self.file, "".join(line + "\n" for line in self.lines))
-        self.changed = False
-
-    def close(self) -> None:
-        self.bar.close()
-        self.write()
-
-    def _show(self, row: dict) -> None:
-        config, step = self.config, row["step"]
-        if step == self.first:  # the first step compiles: its time says nothing of the others
-            self.began = self.last
-        rate = (step - self.first) / max(self.last - self.began, 1e-9)  # steps/s
-        speed = f"{rate * config.batch_size:.0f} clips/s"
-        loss = {name: f"{row[name]:.4g}" for name in ("loss", "alignment", "response")}
-        self.bar.set_postfix(loss | {"speed": speed}, refresh=False)
-        self.bar.update()
-        if (step + 1) % config.log_every and step != self.first:
-            return
-        self.write()
-        if not self.writes or not self.bar.disable:
-            return
-        texts = [f"step {step + 1}/{config.steps}"]
-        texts += [f"{name} {value}" for name, value in loss.items()]
-        texts += [f"lr {row['lr']:.2e}", f"gradient {row['grad_norm']:.3g}"]
-        if rate:
-            texts += [f"{row['seconds']:.3f} s, {row['data_wait']:.3f} s of it for data", speed]
-            if self.ideal:
-                texts.append(f"MFU {self.ideal * rate:.1%}")
-            if held := (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use"):
-                texts.append(f"HBM {cost.gib(held)}")
-            texts.append(f"{(config.steps - step - 1) / rate:.0f} s left")
-        print("  ".join(texts), flush=True)
-
-    def _stop_not_finite(self, step: int, part: str, row: dict) -> None:
-        self.bar.close()
-        raise FloatingPointError(
-            f"step {step}: the {part} is not finite (alignment {row['alignment']:.4g}, "
-            f"response {row['response']:.4g}, gradient norm {row['grad_norm']:.4g}). Stopped; the "
-            f"last good checkpoint in {self.file.parent / 'checkpoints'} is untouched. Expected "
-            "finite numbers in every part: try a lower --learning-rate, or --dtype float32."
-        )
-
-    def _check_clips(self, row: dict) -> None:
-        self.seen += self.config.batch_size
-        self.lost += int(row["undecodable"])
-        if self.lost > self.config.max_undecodable * max(self.seen, 1000):
-            self.bar.close()
-            raise ValueError(
-                f"{self.config.data}: {self.lost} of the first {self.seen} clips could not be "
-                f"decoded; expected a share of at most {self.config.max_undecodable}. The log "
-                "above names them: mend or remove them, or raise --max-undecodable."
-            )
-
-
-def plot(folder: epath.Path) -> epath.Path:
-    """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = np.array([row["step"] for row in rows])
-    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    titles = {
-        "alignment": "token alignment: virtual tokens against transcript embeddings",
-        "response": "response distillation: student's state against teacher's",
-    }
-    for panel, (name, title) in zip(panels, titles.items(), strict=True):
-        values = np.array([row[name] for row in rows])
-        width = max(1, len(values) // 50)
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        panel.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
-        panel.plot(
-            steps[width - 1 :], smooth, color="tab:blue", label=f"mean of the last {width} steps"
-        )
-        panel.set_title(title, loc="left", fontsize=10)
-        panel.set_ylabel("loss")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
-    panels[1].set_xlabel("step")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    plt.close(figure)
-    (folder / "loss.png").write_bytes(drawn.getvalue())
-    return folder / "loss.png"
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-
-def open_checkpoints(config: Config) -> ocp.CheckpointManager:
-    """The run's checkpoints: written in the background, whole or absent, the newest kept."""
-    out = epath.Path(config.out)
-    folder = (out if in_bucket(out) else out.resolve()) / "checkpoints"
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
-    with writing(folder):
-        return ocp.CheckpointManager(folder, options=options)
-
-
-def save(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> None:
-    """Begin to write the state after `step` steps. Raises OSError, also for the one before it."""
-    with writing(manager.directory / str(step)):
-        state = {"params": params, "opt_state": opt_state}
-        manager.save(step, args=ocp.args.StandardSave(state), force=True)
-
-
-def restore(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any) -> tuple:
-    """The state after `step` steps, laid out like `params` and `opt_state`, on whatever devices."""
-
-    def template(x: Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-    wanted = jax.tree.map(template, {"params": params, "opt_state": opt_state})
-    try:
-        state = manager.restore(step, args=ocp.args.StandardRestore(wanted))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{manager.directory / str(step)}: not the state of this model ({error}). "
-            "Remove it to go on from the one before, or choose another --out."
-        ) from error
-    return state["params"], state["opt_state"]
-
-
-def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
-    """Write down what this run is; or, where it is written already, see that it is the same run.
-
-    Returns what is written; with `keep` the old values stand, whatever the new ones are.
-    Raises ValueError naming every difference, OSError if the folder cannot be written.
-    """
-    if file.is_file():
-        theirs = json.loads(file.read_text())
-        if keep:
-            return theirs
-        changed = [
-            f"{name} was {theirs.get(name)!r}, now {value!r}"
-            for name, value in ours.items()
-            if theirs.get(name) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{file}: this folder holds another run: {'; '.join(changed)}. Expected the same "
-                "values to go on with it: give them again, or choose another --out."
-            )
-        return theirs
-    with writing(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(ours, indent=2) + "\n")
-    return ours
-
-
-class Stop:
-    """Turns the first SIGTERM (preemption) or Ctrl-C into a wish; a second one ends at once.
-
-    Of several processes a preemption may reach only one: there JAX listens for SIGTERM and makes
-    them agree on the step to stop at.
-    """
-
-    def __enter__(self) -> "Stop":
-        self.asked, alone = "", jax.process_count() == 1
-        signals = (signal.SIGTERM, signal.SIGINT) if alone else ()
-        self.old = {number: signal.signal(number, self._ask) for number in signals}
-        return self
-
-    def before(self, step: int) -> bool:
-        """Whether to stop before this step; the same answer in every process."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.asked = signal.SIGTERM.name
-        return bool(self.asked)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = signal.Signals(number).name
-        signal.signal(number, self.old[signal.Signals(number)])
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------ the run
+# ---------------------------------------------------------------------------- from files to devices
 
 
 def load_corpus(config: Config, chat: llama.Chat, window_samples: int, queries: int) -> data.Corpus:
@@ -728,6 +450,9 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
 
 
+# ------------------------------------------------------------------------------- the step, compiled
+
+
 def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: dict) -> tuple:
     """The step, compiled for these arrays or shapes, and what it recomputes: as little as fits.
 
@@ -759,8 +484,9 @@ def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: d
     # all but the arguments grows with the clips
     fitting = max(0, int(clips * (room - fixed) / (needed - fixed)))
     advice = f"--batch-size {fitting * mesh.size} might fit, or more devices"
+    wanted = cost.gib(needed) if needed < math.inf else "more"
     raise ValueError(
-        f"the step needs {cost.gib(needed) if needed < math.inf else 'more'} on each device, which holds {cost.gib(room)} "
+        f"the step needs {wanted} on each device, which holds {cost.gib(room)} "
         f"({clips} clips on each of {mesh.size}, recomputing {recompute}). Expected it to fit: "
         + (advice if fitting else "take more devices or a smaller preset")
         + ("; so might --recompute layers." if recompute == "attention" else ".")
@@ -815,7 +541,10 @@ def compile_only(config: Config) -> str:
     )
 
 
-def train(config: Config, mesh: Mesh, stop: Stop) -> int:
+# ------------------------------------------------------------------------------------------ the run
+
+
+def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
     """Train on from the newest checkpoint; export at the end. Returns the steps done."""
     out = epath.Path(config.out)
     chat = llama.Chat.load(config.llm)
@@ -824,7 +553,7 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
     corpus = load_corpus(config, chat, asr.window_samples, queries)
     text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in corpus.clips)
     clips = {"clips": len(corpus.clips), "crc32": zlib.crc32(text.encode())}
-    first = sharding.from_first(lambda: claim(out / "clips.json", clips))
+    first = sharding.from_first(lambda: record.claim(out / "clips.json", clips))
     if clips != first:
         raise ValueError(
             f"{config.data}: {clips} in process {jax.process_index()}, {first} in process 0; "
@@ -832,7 +561,7 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
         )
     # Some templates write today's date: the run keeps the day on which it began.
     turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
-    turn = sharding.from_first(lambda: claim(out / "turn.json", turn, keep=True))
+    turn = sharding.from_first(lambda: record.claim(out / "turn.json", turn, keep=True))
 
     state = start_state(config, mesh, turn)
     room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
@@ -851,10 +580,10 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
         )
 
     params, opt_state, frozen = state
-    manager = open_checkpoints(config)
+    manager = record.open_checkpoints(config)
     step = saved = first_step = manager.latest_step() or 0
     if step:
-        params, opt_state = restore(manager, step, params, opt_state)
+        params, opt_state = record.restore(manager, step, params, opt_state)
         print(f"resuming {out} at step {step} of {config.steps}", flush=True)
     batches = data.batches(
         corpus,
@@ -864,7 +593,7 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    log = Log(config, step, work)
+    log = record.Log(config, step, work, PARTS)
     try:
         while step < min(config.steps, config.until or config.steps) and not stop.before(step):
             began = time.perf_counter()
@@ -880,14 +609,14 @@ def train(config: Config, mesh: Mesh, stop: Stop) -> int:
             if step % config.save_every == 0:
                 log.read()  # only a state known to be good is saved
                 log.write()
-                save(manager, saved := step, params, opt_state)
+                record.save(manager, saved := step, params, opt_state)
         log.read()
         if step > saved:
             log.write()
-            save(manager, step, params, opt_state)
+            record.save(manager, step, params, opt_state)
     finally:
         log.close()
-        with writing(manager.directory):
+        with record.writing(manager.directory):
             manager.close()
     if step == config.steps:
         export(config, eqx.combine(params, frozen.diva))
@@ -912,8 +641,8 @@ def export(config: Config, diva: connector.DiVA) -> None:
     if jax.process_index() > 0:
         return
     diva = eqx.tree_at(lambda d: d.connector, diva, trained)
-    with writing(out / "model.safetensors"):
-        if not in_bucket(out):
+    with record.writing(out / "model.safetensors"):
+        if not record.in_bucket(out):
             diva.save(config.out, config.whisper, config.llm)
             return
         with tempfile.TemporaryDirectory() as folder:  # safetensors writes to local files alone
@@ -922,29 +651,16 @@ def export(config: Config, diva: connector.DiVA) -> None:
                 (epath.Path(folder) / name).copy(out / name, overwrite=True)
 
 
-def look_into(bucket: epath.Path) -> None:
-    """Raises ValueError if a folder in a bucket cannot be read, before anything else is done."""
-    try:
-        bucket.exists()
-    except Exception as error:  # gcsfs, its transport and its login have no common ancestor
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--out {bucket}: cannot be read ({reason}). Expected a bucket that this machine may "
-            "write to: pip install '.[gcs]', and log in with `gcloud auth application-default "
-            "login` (TPU VMs are logged in)."
-        ) from error
-
-
 def run(config: Config) -> None:
     """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
     given, out = config, epath.Path(config.out)
-    if in_bucket(out):
-        look_into(out)
+    if record.in_bucket(out):
+        record.look_into(out)
     config = with_dtype(config, jax.default_backend())
     mesh = sharding.make_mesh(config.batch_size, config.fsdp)
     recipe = dataclasses.asdict(recipe_of(config))
     finished = sharding.from_first(
-        lambda: [claim(out / "train.json", recipe), (out / "model.safetensors").exists()][1]
+        lambda: [record.claim(out / "train.json", recipe), (out / "model.safetensors").exists()][1]
     )
     if not (out / "train.json").exists():
         raise ValueError(
@@ -955,7 +671,7 @@ def run(config: Config) -> None:
     if finished and speaks:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
     if not finished:
-        with Stop() as stop:
+        with record.Stop() as stop:
             steps = train(config, mesh, stop)
         if steps < config.steps:
             reason = stop.asked or "--until"
@@ -965,13 +681,13 @@ def run(config: Config) -> None:
             return
     if not speaks:
         return
-    curve = plot(out)
+    curve = record.plot(out)
     print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
     if (out / "eval.json").exists():
         print(evaluation.table(json.loads((out / "eval.json").read_text())))
     elif config.tasks:
         evaluation.evaluate(Path(config.out), Path(config.tasks))
-    if not in_bucket(out):
+    if not record.in_bucket(out):
         print(f"hear as it does: python connector.py CLIP --model {out}")
 
 
@@ -989,7 +705,7 @@ def main() -> None:
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: {ALONE.format(reason)}", file=sys.stderr, flush=True)
+        print(f"error: {record.ALONE.format(reason)}", file=sys.stderr, flush=True)
     else:
         return
     if jax.process_count() > 1:

@@ -37,6 +37,7 @@ import cost
 import data
 import distill_loss
 import llama
+import record
 import sharding
 import train
 import weights
@@ -460,8 +461,8 @@ def test_the_export_is_the_trained_student(root, finished):
     """Loading the folder gives the connector of the last checkpoint, bit for bit."""
     config = config_of(root, finished)
     run = Started(config)
-    manager = train.open_checkpoints(config)
-    params, _ = train.restore(manager, STEPS, run.params, run.opt_state)
+    manager = record.open_checkpoints(config)
+    params, _ = record.restore(manager, STEPS, run.params, run.opt_state)
     manager.close()
     trained = eqx.combine(params, run.frozen.diva).connector
     loaded = connector.DiVA.load(finished).connector
@@ -760,10 +761,10 @@ def test_a_full_disk_keeps_the_older_checkpoint(root, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(root, tmp_path):
     run = Started(config_of(root, tmp_path))
-    manager = train.open_checkpoints(config_of(root, tmp_path))
+    manager = record.open_checkpoints(config_of(root, tmp_path))
     other = jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), run.params)
-    train.save(manager, 4, other, run.opt_state)
+    record.save(manager, 4, other, run.opt_state)
     manager.wait_until_finished()
     with pytest.raises(ValueError, match=r"checkpoints/4: not the state of this model"):
-        train.restore(manager, 4, run.params, run.opt_state)
+        record.restore(manager, 4, run.params, run.opt_state)
     manager.close()
