@@ -37,8 +37,8 @@ SMALL = 2**14  # elements (of one layer): arrays below are copied to every devic
 def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
     """All devices as a grid [data, fsdp]. Raises ValueError if batch or fsdp does not fit them."""
     devices = jax.devices() if devices is None else devices
-    fsdp = fsdp or len(devices)
-    if len(devices) % fsdp:
+    fsdp = len(devices) if fsdp is None else fsdp
+    if fsdp < 1 or len(devices) % fsdp:
         raise ValueError(f"--fsdp {fsdp}: expected a divisor of the {len(devices)} devices here.")
     if batch_size < 1 or batch_size % len(devices):
         raise ValueError(

@@ -176,8 +176,9 @@ def test_lookup_tables_are_split_by_columns():
 def test_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"--batch-size 12.*8 devices.*multiple of 8, such as 16"):
         sharding.make_mesh(12)
-    with pytest.raises(ValueError, match=r"--fsdp 3.*divisor of the 8 devices"):
-        sharding.make_mesh(8, fsdp=3)
+    for fsdp in (3, 16, 0, -8):
+        with pytest.raises(ValueError, match=rf"--fsdp {fsdp}.*divisor of the 8 devices"):
+            sharding.make_mesh(8, fsdp=fsdp)
 
 
 # ---------------------------------------------------------------------------------- one array split

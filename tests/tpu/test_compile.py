@@ -1,0 +1,120 @@
+"""The step, compiled for slices of TPUs that are not here, by the compiler that runs on them.
+
+Needs the `tpu` extra (libtpu) and no TPU. Run by name, minutes: pytest tests/tpu
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import pytest
+import test_cost
+
+import cost
+import sharding
+import train
+import whisper
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install '.[tpu]'"
+)
+
+ROOT = Path(train.__file__).parent
+WIDTH = 34  # of the first column of the report
+
+
+def train_py(*flags: str) -> subprocess.CompletedProcess:
+    """`python train.py FLAGS`, as a user starts it: on no fake devices."""
+    ours = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_PROCESSES")
+    return subprocess.run(
+        [sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ours},
+        capture_output=True,
+        text=True,
+    )
+
+
+def spectrum_products(asr: whisper.WhisperConfig) -> int:
+    """FLOPs of one clip's Fourier transforms, which TPUs do as three real products."""
+    frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
+    return 3 * 2 * frames * whisper.FFT_SIZE**2
+
+
+@pytest.mark.parametrize(("way", "most"), [("attention", 32), ("layers", 4)])
+def test_the_published_step_on_the_published_slice(way, most):
+    """diva-8b on v4:4x4x8 with 512 clips, compiled from shapes: it fits in so many GiB a chip; it
+    does the products by hand and those done again; weights travel as often as the README says, and
+    next to nothing else does."""
+    flags = ("--preset", "diva-8b", "--compile-only", "v4:4x4x8", "--recompute", way)
+    done = train_py(*flags)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    print(done.stdout)
+    assert done.stdout.startswith("diva-8b on v4:4x4x8: 128 x TPU v4, mesh 1 data x 128 fsdp")
+    assert f"backward recomputes {way}" in done.stdout
+    rows = {line[:WIDTH].strip(): line[WIDTH:].split() for line in done.stdout.splitlines()}
+    assert 0.5 < float(rows["in all"][0]) <= most
+
+    config = train.with_dtype(train.parse(list(flags)), "tpu")
+    asr, llm = cost.PUBLISHED[config.whisper], cost.PUBLISHED[config.llm]
+    queries = asr.max_target_positions
+    by_hand = sum(cost.flops(asr, llm, queries, test_cost.TURN, cost.TEXT).values())
+    assert float(rows["by hand"][0]) == pytest.approx(by_hand / cost.TERA, abs=0.01)
+    again = test_cost.computed_again(asr, llm, queries, way)
+    mel = test_cost.mel_products(asr) + spectrum_products(asr)
+    expected = (by_hand + again + mel) / cost.TERA
+    assert float(rows["compiled program"][0]) == pytest.approx(expected, rel=1e-3)
+    if way == "attention":
+        assert expected < 1.02 * by_hand / cost.TERA
+
+    # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
+    params, _, frozen = train.abstract_state(config, asr, llm, sharding.make_mesh(512))
+    gathered = test_cost.bytes_gathered(eqx.combine(params, frozen.diva), sharding.SMALL, 2, way)
+    gradients = 2 * test_cost.parameters(params)
+    whole = {kind: float(rows[kind][1]) * 1e9 for kind in cost.TRAVEL if kind in rows}
+    total = sum(whole.values())
+    assert 0.99 * (gathered + gradients) < total < 1.01 * (gathered + gradients), whole
+    # All clips' states before one layer of the LLM alone would be 2 GB.
+    assert whole["all-to-all"] < 1e-3 * total
+
+
+def test_a_tiny_step_on_a_small_slice():
+    """In seconds: products as TPUs write them are read as what they are, and none is left out."""
+    devices, batch_size = cost.slice_of("v5e:4x4"), 64
+    assert len(devices) == 16 and devices[0].device_kind == "TPU v5 lite"
+    config = train.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
+    mesh = sharding.make_mesh(batch_size, devices=devices)
+    asr, llm = test_cost.ASR, test_cost.LLM
+    state = train.abstract_state(config, asr, llm, mesh)
+    batch = train.abstract_batch(config, asr.window_samples, test_cost.TEXT, mesh)
+    chip = cost.CHIPS[devices[0].device_kind]
+    compiled, way = train.compile_step(config, mesh, chip.memory, state, batch)
+    assert way == "attention"
+    program = cost.Program(compiled, len(devices))
+    by_hand = sum(cost.flops(asr, llm, test_cost.QUERIES, test_cost.TURN, test_cost.TEXT).values())
+    again = test_cost.computed_again(asr, llm, test_cost.QUERIES, way)
+    mel = test_cost.mel_products(asr) + spectrum_products(asr)
+    found = program.flops * len(devices) / batch_size
+    # the convolutions are cut into pieces that overlap
+    assert found == pytest.approx(by_hand + again + mel, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("v4:3x3",), "--compile-only v4:3x3: no such slice"),
+        (("nonsense",), "--compile-only nonsense: no such slice"),
+        (("v3:2x2x1",), "--compile-only v3:2x2x1: the memory and speed of a TPU v3 are not known"),
+        (("v5e:4x4", "--batch-size", "24"), "--batch-size 24: cannot be shared equally by 16"),
+        (("v5e:2x2", "--batch-size", "512"), "the step needs "),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(flags, said):
+    """Exit code 1, one line that says what to do, and no word of the compiler's own beside it."""
+    done = train_py("--preset", "diva-8b", "--compile-only", *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}") and "xpected" in line
