@@ -47,8 +47,8 @@ def spectrum_products(asr: whisper.WhisperConfig) -> int:
 @pytest.mark.parametrize(("way", "most"), [("attention", 32), ("layers", 4)])
 def test_the_published_step_on_the_published_slice(way, most):
     """diva-8b on v4:4x4x8 with 512 clips, compiled from shapes: it fits in so many GiB a chip; it
-    does the products by hand and those done again; weights travel as often as the README says, and
-    next to nothing else does."""
+    does the products by hand and those done again; weights travel as often as they are needed,
+    gradients once, and next to nothing else does."""
     flags = ("--preset", "diva-8b", "--compile-only", "v4:4x4x8", "--recompute", way)
     done = train_py(*flags)
     assert done.returncode == 0 and done.stderr == "", done.stderr
