@@ -15,6 +15,7 @@ Source: Held et al. 2024, section 3.   Reads: whisper.py, llama.py, sharding.py,
 Read next: distill_loss.py.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -167,7 +168,8 @@ class DiVA(eqx.Module):
 
     def listen(self, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
         """Encoder states of audio that is padded to the window; no gradient passes."""
-        mel = whisper.log_mel(audio, self.num_mel_bins)
+        mel_of = functools.partial(whisper.log_mel, num_mel_bins=self.num_mel_bins)
+        mel = sharding.on_own_clips(mel_of, audio)
         mel = mel.astype(self.encoder.conv1.weight.dtype)
         return jax.lax.stop_gradient(self.encoder(mel))
 

@@ -7,8 +7,9 @@
 
 A device computes with whole layers on its own clips. So just before a layer runs, its pieces are
 gathered from all devices, in the compute dtype, and behind it they are forgotten; its gradient is
-summed and split in one go (reduce-scatter). That is "fully sharded data parallelism", the same sums
-as on one device. Written down here once, it holds for the encoder, the connector and the LLM.
+summed over the devices and split again. That is "fully sharded data parallelism", the same sums as
+on one device. Written down here once, it holds for the encoder, the connector and the LLM. With
+which collectives, XLA decides: on a 3-D torus it gathers by adding up pieces padded with zeros.
 
 On one device, or outside of a training step, all of it is nothing at all. On several hosts each
 runs the same program as one process, with the devices of all of them in one mesh.
@@ -105,6 +106,14 @@ def constrain(x: Array, where: P) -> Array:
 def by_clip(tree: PyTree) -> PyTree:
     """Keep clips, the first axis of every array, split over all devices."""
     return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
+
+
+def on_own_clips(function: Callable[[Array], Array], x: Array) -> Array:
+    """`function(x)` by each device for its own clips: for what XLA does not split, such as FFTs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(x)
+    return jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES))(x)
 
 
 @jax.custom_vjp

@@ -472,7 +472,7 @@ def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: d
         except jax.errors.JaxRuntimeError as error:  # TPUs refuse what they cannot hold
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            used = re.search(r"Used ([\d.]+)G of", str(error))
+            used = re.search(r"(?:Used |temporaries \()([\d.]+)G", str(error))
             needed = float(used[1]) * cost.GIB if used else math.inf
         else:
             needed = cost.bytes_needed(compiled.memory_analysis())
@@ -564,7 +564,7 @@ def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
     turn = sharding.from_first(lambda: record.claim(out / "turn.json", turn, keep=True))
 
     state = start_state(config, mesh, turn)
-    room = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    room = float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
     batch = abstract_batch(config, asr.window_samples, corpus.max_length, mesh)
     began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, room, state, batch)

@@ -595,20 +595,22 @@ def test_two_processes_give_what_one_gives(root, finished, tmp_path):
 
 
 def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path):
-    """In bounded time, not 0, and the checkpoint that was whole stays."""
+    """In bounded time, not 0, and the checkpoint that was whole stays.
+
+    A step that waits for the dead one fails at once, and train.py says why. A checkpoint that waits
+    for it waits for HEARTBEAT; then JAX may be the first to say why, and ends the process itself.
+    """
     out = tmp_path / "killed"
     processes = start_two_processes(config_of(root, out))
     wait_for_rows(out, 10, *processes)
     while not (out / "checkpoints/10").exists():
         time.sleep(0.01)
-    time.sleep(0.5)  # not while both wait for each other to end the save: that takes HEARTBEAT
     processes[1].kill()
-    output, _ = processes[0].communicate(timeout=60)
+    output, _ = processes[0].communicate(timeout=sharding.HEARTBEAT + 60)
     processes[1].communicate()
-    assert processes[0].returncode == 1, output
-    message = output.strip().splitlines()[-1]
-    assert message.startswith("error: another process has gone"), output
-    assert "Start the same command again on all hosts" in message
+    ours = "error: another process has gone" in output and "the same command again" in output
+    assert processes[0].returncode == 1 if ours else processes[0].returncode != 0, output
+    assert ours or "another task died" in output, output
     assert (out / "checkpoints/10").exists()
 
 
