@@ -1,0 +1,917 @@
+"""suites.py: each benchmark in the layout in which it is published, in small, and what is read.
+
+Nothing here is a copy of a benchmark: the rows are made up, the layouts are not.
+"""
+
+import gzip
+import json
+import os
+import pickle
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import suites
+from suites import Example
+
+WAV, FLAC, MP3, OGG = b"RIFF....WAVEfmt one", b"fLaC two", b"\xff\xfb\x90 three", b"OggS four"
+
+
+def put(file: Path, content: str | bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def wavs(folder: Path, *names: str) -> None:
+    for name in names:
+        put(folder / f"{name}.wav", WAV)
+
+
+def refused(kind: type[Exception], action, *parts: object) -> None:
+    """`action` raises `kind`, and the message holds every part."""
+    with pytest.raises(kind) as error:
+        action()
+    for part in parts:
+        assert str(part) in str(error.value), f"{part!s} is not in: {error.value}"
+
+
+def by_id(examples: list[Example]) -> dict[str, Example]:
+    found = {example.id: example for example in examples}
+    assert len(found) == len(examples)
+    return found
+
+
+# ------------------------------------------------------------------------------------ HeySQuAD
+
+SPAN = pa.list_(pa.struct([("answer_start", pa.int64()), ("text", pa.string())]))
+SOUND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+HEYSQUAD = pa.schema(
+    {
+        "audio": SOUND,
+        "transcription": pa.string(),
+        "question": pa.string(),
+        "context": pa.string(),
+        "answers": SPAN,
+        "is_impossible": pa.bool_(),
+        "id": pa.string(),
+        "plausible_answers": SPAN,
+    }
+)
+
+
+def spoken(name: str, sound: bytes | None, path: str | None, *answers: str, impossible=False):
+    spans = [{"answer_start": i, "text": text} for i, text in enumerate(answers)]
+    return {
+        "audio": None if sound is None else {"bytes": sound, "path": path},
+        "transcription": "what was heard",
+        "question": f"Who is {name}? ",
+        "context": "A passage.",
+        "answers": [] if impossible else spans,
+        "is_impossible": impossible,
+        "id": name,
+        "plausible_answers": spans if impossible else [],
+    }
+
+
+def shard(folder: Path, rows: list[dict], schema: pa.Schema, name: str) -> Path:
+    file = folder / "data" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), file)
+    return file
+
+
+@pytest.fixture
+def heysquad(tmp_path) -> Path:
+    first = [
+        spoken("56ddde6b", WAV, "1.wav", "in France", "France", "in France"),
+        spoken("5ad39d53", WAV, "2.wav", "a guess", impossible=True),
+    ]
+    second = [
+        spoken("56ddde6c", FLAC, None, "Rollo"),
+        spoken("56ddde6d", MP3, "", "1066"),
+        spoken("56ddde6e", WAV, "5.wav"),
+        spoken("56ddde6f", None, None, "gone"),
+        spoken("56ddde70", OGG, "7.opus", "Opus"),
+    ]
+    shard(tmp_path, first, HEYSQUAD, "validation-00000-of-00002.parquet")
+    shard(tmp_path, second, HEYSQUAD, "validation-00001-of-00002-0123456789abcdef.parquet")
+    shard(tmp_path, [spoken("train", WAV, "0.wav", "no")], HEYSQUAD, "train-00000-of-00001.parquet")
+    return tmp_path
+
+
+def test_heysquad_gives_the_questions_that_have_answers(heysquad, caplog):
+    """Impossible ones and those without answers are counted; a row without audio stays."""
+    found = by_id(suites.read_heysquad(heysquad))
+    assert list(found) == ["56ddde6b", "56ddde6c", "56ddde6d", "56ddde6f", "56ddde70"]
+    assert found["56ddde6b"].answers == ("in France", "France")
+    assert found["56ddde6b"].text == "Who is 56ddde6b?"
+    assert "left out 2 of 7: 1 impossible, 1 without an answer" in caplog.text
+    assert "the audio of 1 of 5 clips is missing and will count as wrong" in caplog.text
+    assert not os.path.exists(found["56ddde6f"].audio)
+
+
+def test_embedded_audio_is_written_whole_and_named_by_what_it_is(heysquad, tmp_path):
+    """The ending is that of the embedded path; without one, the first bytes tell."""
+    found = by_id(suites.read_heysquad(heysquad, unpack=tmp_path / "clips"))
+    kinds = {"6b": (WAV, ".wav"), "6c": (FLAC, ".flac"), "6d": (MP3, ".mp3"), "70": (OGG, ".opus")}
+    for name, (sound, ending) in kinds.items():
+        file = Path(found[f"56ddde{name}"].audio)
+        assert file.suffix == ending and file.read_bytes() == sound
+        assert file.parent == tmp_path / "clips/validation"
+    assert len(list((tmp_path / "clips/validation").iterdir())) == 4  # nothing half-written stays
+
+
+def test_audio_is_not_unpacked_again(heysquad):
+    [file, *_] = [Path(example.audio) for example in suites.read_heysquad(heysquad)]
+    assert heysquad / "unpacked" in file.parents
+    file.write_bytes(b"marked")
+    assert suites.read_heysquad(heysquad)[0].audio == str(file)
+    assert file.read_bytes() == b"marked"
+
+
+def test_two_recordings_under_one_id_are_two_files(tmp_path):
+    rows = [spoken("same", WAV, "1.wav", "a"), spoken("same", WAV + b"!", "2.wav", "a")]
+    shard(tmp_path, rows, HEYSQUAD, "validation-00000-of-00001.parquet")
+    a, b = suites.read_heysquad(tmp_path)
+    assert [Path(e.audio).read_bytes() for e in (a, b)] == [WAV, WAV + b"!"]
+
+
+def test_an_interrupted_unpacking_leaves_no_clip_behind(heysquad, monkeypatch):
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suites.read_heysquad(heysquad)
+    monkeypatch.undo()
+    assert not list((heysquad / "unpacked").rglob("*.wav"))
+    assert Path(suites.read_heysquad(heysquad)[0].audio).read_bytes() == WAV
+
+
+def test_an_id_cannot_lead_out_of_the_folder(tmp_path):
+    rows = [spoken("../../outside", WAV, "1.wav", "a")]
+    shard(tmp_path / "set", rows, HEYSQUAD, "validation-00000-of-00001.parquet")
+    refused(ValueError, partial(suites.read_heysquad, tmp_path / "set"), "'../../outside' is no")
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_parquet_that_is_not_whole_is_refused_by_name(heysquad):
+    read = partial(suites.read_heysquad, heysquad)
+    file = heysquad / "data/validation-00000-of-00002.parquet"
+    put(file, file.read_bytes()[:-9])
+    refused(ValueError, read, file, "expected parquet with id, audio, question")
+    shard(heysquad, [{"id": "a"}], pa.schema([("id", pa.string())]), file.name)
+    refused(ValueError, read, file, "no column audio or question or answers or is_impossible")
+    file.unlink()
+    refused(FileNotFoundError, read, "1 files of 2; expected all shards", "Check the split")
+    refused(FileNotFoundError, partial(read, split="test"), "data/test-*.parquet: 0 files of any")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(heysquad, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(ValueError, partial(suites.read_heysquad, heysquad), "pip install pyarrow", heysquad)
+
+
+# --------------------------------------------------------------------------------------- SD-QA
+
+DOCUMENT = (
+    "Zürich naïvely — 한글: King Sejong invented Hangul in 1443, it is said. Sejong the Great."
+)
+METADATA = (
+    ",example_id,user_id,region,language,gender,age,device,lang_spoken,mother_tongue,audio_file\n"
+)
+
+
+def annotation(span: str = "", yes_no: str = "NONE", passage: int = -1) -> dict:
+    start = DOCUMENT.encode().index(span.encode()) if span else -1
+    end = start + len(span.encode()) if span else -1
+    return {
+        "annotation_id": 12852520138824648163,
+        "minimal_answer": {"plaintext_start_byte": start, "plaintext_end_byte": end},
+        "passage_answer": {"candidate_index": passage},
+        "yes_no_answer": yes_no,
+    }
+
+
+def tydi(key: int, *annotations: dict) -> dict:
+    return {
+        "annotations": list(annotations),
+        "document_plaintext": DOCUMENT,
+        "document_title": "Hangul",
+        "example_id": key,
+        "language": "english",
+        "passage_answer_candidates": [{"plaintext_start_byte": 0, "plaintext_end_byte": 20}],
+        "question_text": "who invented hang wool",
+    }
+
+
+def jsonl(*rows: dict) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def sd_qa(tmp_path) -> Path:
+    """dev/eng of the authors' repository, two of the eleven dialects."""
+    home = tmp_path / "dev/eng"
+    half = annotation("King Sejong")
+    half["minimal_answer"]["plaintext_end_byte"] = -1
+    rows = (
+        tydi(-74015, annotation("King Sejong"), annotation("Sejong the Great"), annotation(), half),
+        tydi(31848, annotation(yes_no="YES"), annotation("in 1443", passage=0)),
+        tydi(79576, annotation(), annotation(passage=0)),
+        tydi(55555, annotation("한글"), annotation("한글")),
+    )
+    put(
+        home / "english.dev.txt",
+        "ID\tin XOR dev\tsentence\n-74015\tFalse\tWho invented Hangul?\n31848\tFalse\tIs it old?\n"
+        "79576\tFalse\tWhen?\n",
+    )
+    put(home / "english.dev.csv", "ID,english-gold\n")
+    for dialect, region in (("kenya", "KE"), ("usa", "US")):
+        name = f"english.dev.{dialect}-en-{region}"
+        put(home / dialect / f"{name}.txt.jsonl.gz", gzip.compress(jsonl(*rows)))
+        put(home / dialect / f"._{name}.txt.jsonl.gz", b"\0macOS")
+        put(home / dialect / f"{name}.triples.jsonl", jsonl({"example_id": 1, "answers": ["no"]}))
+        text = METADATA
+        for i, row in enumerate(rows):
+            key = row["example_id"]
+            text += f"{i},{key},1,{dialect},eng,male,20,X,\"['swh', 'eng']\",kik,dev/{key}.wav\n"
+            wavs(home / dialect / "wav_eng", f"{key}")
+        put(home / dialect / "metadata.csv", text)
+    (home / "usa/wav_eng/55555.wav").unlink()
+    return tmp_path
+
+
+def test_offsets_of_answers_are_bytes(sd_qa, caplog):
+    """Before every answer stand letters of two and three bytes: offsets in characters would miss.
+    Yes is an answer, -1 is none, a passage is none, and what two annotators say counts once."""
+    found = by_id(suites.read_sd_qa(sd_qa))
+    assert DOCUMENT.index("King") != DOCUMENT.encode().index(b"King")
+    assert found["kenya/-74015"].answers == ("King Sejong", "Sejong the Great")
+    assert found["usa/31848"].answers == ("Yes", "in 1443")
+    assert found["usa/55555"].answers == ("한글",)
+    assert "left out 2 of 8: 2 without an answer" in caplog.text  # 79576 in two dialects
+
+
+def test_each_dialect_asks_the_questions_with_its_own_voice(sd_qa, caplog):
+    """The question is the one that was read, not what a recogniser heard; ids begin with '-'."""
+    found = by_id(suites.read_sd_qa(sd_qa))
+    assert [e.group for e in found.values()] == ["kenya"] * 3 + ["usa"] * 3
+    example = found["usa/-74015"]
+    assert example.audio == str(sd_qa / "dev/eng/usa/wav_eng/-74015.wav")
+    assert example.text == "Who invented Hangul?" and found["usa/55555"].text == ""
+    assert "without aus, gbr, ind_n, ind_s, irl, nga, nzl, phl, zaf" in caplog.text
+
+
+def test_a_question_whose_recording_is_missing_is_still_asked(sd_qa, caplog):
+    found = by_id(suites.read_sd_qa(sd_qa))
+    assert not os.path.exists(found["usa/55555"].audio)
+    assert "audio of 1 of 6 clips is missing" in caplog.text
+    assert "usa/wav_eng/55555.wav" in caplog.text
+
+
+def test_answers_without_gzip_are_read_too(sd_qa):
+    before = suites.read_sd_qa(sd_qa)
+    for file in sd_qa.glob("dev/eng/*/[!.]*.gz"):
+        name = file.name.replace(".txt.jsonl.gz", ".jsonl")
+        put(file.with_name(name), gzip.decompress(file.read_bytes()))
+        file.unlink()
+    assert suites.read_sd_qa(sd_qa) == before
+
+
+def test_damaged_answers_are_refused_with_their_line(sd_qa):
+    read, home = partial(suites.read_sd_qa, sd_qa), sd_qa / "dev/eng/kenya"
+    file = home / "english.dev.kenya-en-KE.txt.jsonl.gz"
+    whole = file.read_bytes()
+    inside = tydi(1, annotation("King"))
+    inside["annotations"][0]["minimal_answer"]["plaintext_start_byte"] = 2  # within the ü
+    put(file, gzip.compress(jsonl(tydi(0), inside)))
+    refused(ValueError, read, f"{file}:2: not as in TyDi QA", "offsets in bytes")
+    put(file, gzip.compress(jsonl(tydi(0)) + b'{"example_id": 3}\n'))
+    refused(ValueError, read, f"{file}:2", "document_plaintext")
+    put(file, gzip.compress(jsonl(tydi(0)) + b"\n[1]\n"))
+    refused(ValueError, read, f"{file}:3: no JSON object")
+    for content in (whole[:-20], b"plain"):
+        put(file, content)
+        refused(ValueError, read, f"{file}: no text in UTF-8")
+    file.unlink()
+    refused(FileNotFoundError, read, home, "*.txt.jsonl.gz or ")
+
+
+def test_sd_qa_of_another_shape_is_refused(sd_qa, tmp_path):
+    refused(
+        FileNotFoundError,
+        partial(suites.read_sd_qa, tmp_path / "x"),
+        tmp_path / "x/dev/eng or data is",
+    )
+    put(sd_qa / "dev/eng/usa/metadata.csv", "id,user\n1,2\n")
+    refused(ValueError, partial(suites.read_sd_qa, sd_qa), "metadata.csv:1: no column example_id")
+    (sd_qa / "test/eng").mkdir(parents=True)
+    put(sd_qa / "test/eng/english.test.txt", "ID\tsentence\n")
+    refused(FileNotFoundError, partial(suites.read_sd_qa, sd_qa, "test"), "aus or gbr or ind_n")
+
+
+def test_sd_qa_in_one_row_per_question(tmp_path, caplog):
+    """Eleven columns of audio, named by dialect; one recording is missing and stays in the list."""
+    texts = {"answers": pa.list_(pa.string()), "question": pa.string()}
+    schema = pa.schema({"id": pa.string()} | dict.fromkeys(suites.DIALECTS, SOUND) | texts)
+    voices = {d: {"bytes": WAV + d.encode(), "path": "-9.wav"} for d in suites.DIALECTS}
+    rows = [
+        {"id": "-9", **voices, "answers": ["Ada", "Ada", "Ada L."], "question": "who?"},
+        {"id": "8", **voices, "answers": [], "question": "why?"},
+        {"id": "7", **voices, "zaf": None, "answers": ["so"], "question": "how?"},
+    ]
+    shard(tmp_path, rows, schema, "dev-00000-of-00001.parquet")
+    examples = suites.read_sd_qa(tmp_path, unpack=tmp_path / "clips")
+    assert [e.group for e in examples] == [*suites.DIALECTS, *suites.DIALECTS]
+    assert len(suites.DIALECTS) == 11
+    for example in examples[:11]:
+        assert example.id == f"{example.group}/-9" and example.answers == ("Ada", "Ada L.")
+        assert Path(example.audio).read_bytes() == WAV + example.group.encode()
+    assert examples[21].id == "zaf/7" and not os.path.exists(examples[21].audio)
+    assert "left out 11 of 33: 11 without an answer" in caplog.text
+
+
+# ------------------------------------------------------------------------------------- CoVoST 2
+
+CV4 = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccent\n"
+
+
+@pytest.fixture
+def covost(tmp_path) -> tuple[Path, Path]:
+    """Folders of translations and of Common Voice 4; each row has something to trip over."""
+    rows = {
+        "a.mp3": ('"Wait, he said.', '„Warte, sagte er.', "test"),
+        "b.mp3": ('She said \\"no\\".', "Sie sagte \\\"nein\\\".", "test"),
+        "c.mp3": ("A \\\\ is a backslash.", "NA", "train"),
+        "d.mp3": ("", "leer", "train_covost"),
+        "e.mp3": ("dev one", "dev eins", "dev"),
+        "f.mp3": ("unused", "fehlt", "test"),
+    }  # fmt: skip
+    voice, folder = tmp_path / "cv/en", tmp_path / "covost"
+    known = [f"v\t{path}\t{row[0]}\t2\t0\t\t\tus\n" for path, row in rows.items()]
+    put(
+        voice / "validated.tsv",
+        CV4 + "".join(reversed(known[:5])) + "v\tz.mp3\tother\t2\t0\t\t\t\n",
+    )
+    for name in rows:
+        put(voice / "clips" / name, MP3)
+    for language in ("de", "tr"):
+        text = "".join(f"{path}\t{row[1]}\t{row[2]}\n" for path, row in rows.items())
+        put(folder / f"covost_v2.en_{language}.tsv", f"path\ttranslation\tsplit\n{text}")
+    return folder, voice
+
+
+def test_covost_joins_translations_with_common_voice(covost, caplog):
+    """Bare quotes are letters, a backslash escapes what follows it, and what Common Voice lacks
+    is counted."""
+    folder, voice = covost
+    examples = suites.read_covost(folder, common_voice=voice, languages=["de", "tr"])
+    assert [e.group for e in examples] == ["de", "de", "tr", "tr"]
+    assert examples[0] == Example(
+        "de/a.mp3", str(voice / "clips/a.mp3"), '"Wait, he said.', ("„Warte, sagte er.",), "de"
+    )
+    assert examples[1].text == 'She said "no".' and examples[1].answers == ('Sie sagte "nein".',)
+    assert "left out 2 of 6: 2 not in validated.tsv" in caplog.text
+    assert "Common Voice 4" in caplog.text and "missing" not in caplog.text
+
+
+def test_covost_trains_on_both_of_its_training_splits(covost):
+    """NA is a text like any other, and so is an empty one."""
+    folder, voice = covost
+    train = suites.read_covost(folder, "train", voice, ["de"])
+    texts = [(e.text, e.answers) for e in train]
+    assert texts == [("A \\ is a backslash.", ("NA",)), ("", ("leer",))]
+    [dev] = suites.read_covost(folder, "dev", voice, ["de"])
+    assert dev.text == "dev one"
+
+
+def test_covost_reads_what_its_own_script_joined(covost):
+    """As the script writes it: the same escapes, no split column, no need of validated.tsv."""
+    folder, voice = covost
+    rows = (
+        "path\tsentence\ttranslation\tclient_id\n"
+        'a.mp3\t"Wait\tWarte \\" \\\\ \\\t.\tv\n'  # an escaped quote, backslash and tab
+    )
+    put(folder / "covost_v2.en_tr.test.tsv", rows)
+    (voice / "validated.tsv").unlink()
+    [example] = suites.read_covost(folder, common_voice=voice, languages=["tr"])
+    assert example.text == '"Wait' and example.answers == ('Warte " \\ \t.',)
+
+
+def test_covost_asks_for_the_seven_languages_of_the_paper(covost):
+    folder, voice = covost
+    say = folder / "covost_v2.en_ar.test.tsv or covost_v2.en_ar.tsv"
+    refused(FileNotFoundError, partial(suites.read_covost, folder, common_voice=voice), say)
+    for language in suites.PAPER_LANGUAGES:
+        put(
+            folder / f"covost_v2.en_{language}.tsv",
+            "path\ttranslation\tsplit\na.mp3\tx\ttest\n",
+        )
+    examples = suites.read_covost(folder, common_voice=voice)
+    assert [e.group for e in examples] == "ar zh-CN de id ja ta tr".split()
+
+
+def test_a_damaged_table_is_refused_with_its_line(covost):
+    folder, voice = covost
+    read = partial(suites.read_covost, folder, common_voice=voice, languages=["de"])
+    file = folder / "covost_v2.en_de.tsv"
+    put(file, "path\ttranslation\tsplit\na.mp3\tx\ttest\nb.mp3\tone\ttab too many\ttest\n")
+    refused(ValueError, read, f"{file}:3: expected 3 fields, path, translation, split")
+    put(file, "path\ttranslation\tsplit\na.mp3\tx\n")
+    refused(ValueError, read, f"{file}:2: expected 3 fields")
+    put(file, "path,translation,split\na.mp3,x,test\n")
+    refused(ValueError, read, f"{file}:1: no column path or translation or split")
+    put(file, b"path\ttranslation\tsplit\na.mp3\tx\ttest\nb.mp3\t" + b"\xe4\ttest\n")
+    refused(ValueError, read, file, "can't decode byte 0xe4")
+    put(file, "path\ttranslation\tsplit\nnowhere.mp3\tx\ttest\n")
+    refused(ValueError, read, folder, "nothing to ask (left out: 1 not in validated.tsv")
+    (voice / "validated.tsv").unlink()
+    refused(FileNotFoundError, read, voice / "validated.tsv", "Check the path")
+
+
+# ------------------------------------------------------------------------------------------ MELD
+
+MELD = (
+    "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,"
+    "EndTime"
+)
+TIMES = '3,19,"00:14:38,127","00:14:40,378"'
+
+
+def meld_table(*rows: tuple[str, str, int, int]) -> str:
+    lines = [
+        f"{i},{text},Joey,{emotion},neutral,{dialogue},{utterance},{TIMES}"
+        for i, (text, emotion, dialogue, utterance) in enumerate(rows, 1)
+    ]
+    return "\n".join([MELD, *lines]) + "\n"
+
+
+@pytest.fixture
+def meld(tmp_path) -> Path:
+    table = meld_table(
+        ("Why do all you’re coffee mugs have numbers?", "surprise", 0, 0),
+        ('"Oh. He said, ""Where’s 27?!"""', "anger", 0, 1),
+        ("Y'know what?", "neutral", 0, 2),
+    )
+    put(tmp_path / "test_sent_emo.csv", table)
+    folder = tmp_path / "output_repeated_splits_test"
+    wavs(folder, "dia0_utt0", "dia0_utt1", "dia0_utt2", "._dia0_utt0", "final_videos_testdia0_utt0")
+    return tmp_path
+
+
+def test_meld_gives_texts_and_emotions_by_dialogue_and_utterance(meld, caplog):
+    examples = suites.read_meld(meld)
+    folder = meld / "output_repeated_splits_test"
+    assert examples == [
+        Example(
+            "dia0_utt0",
+            str(folder / "dia0_utt0.wav"),
+            "Why do all you’re coffee mugs have numbers?",
+            ("Surprise",),
+        ),
+        Example("dia0_utt1", f"{folder}/dia0_utt1.wav", 'Oh. He said, "Where’s 27?!"', ("Anger",)),
+        Example("dia0_utt2", f"{folder}/dia0_utt2.wav", "Y'know what?", ("Neutral",)),
+    ]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["bytes", "code points"])
+def test_old_copies_of_meld_in_cp1252_read_like_the_new_one(meld, how):
+    """Curly quotes, dashes and the hard space, as bytes of cp1252 or as unprintable letters."""
+    text = "It’s “so” – well… ‘new’—yeah,\xa0é"
+    table = meld_table((f'"{text}"', "joy", 0, 0)).encode("cp1252")
+    put(meld / "test_sent_emo.csv", table if how == "bytes" else table.decode("latin1"))
+    [example] = suites.read_meld(meld)
+    assert example.text == text.replace("\xa0", " ")
+
+
+def test_only_what_the_published_videos_lack_is_left_out(meld, caplog):
+    """A clip known to be corrupt counts if someone mended it; an unknown one stays, missing."""
+    rows = [("One.", "joy", 125, 3), ("Two.", "fear", 125, 4), ("Three.", "joy", 110, 7)]
+    for split, folder in (("train", "train_splits"), ("dev", "dev_splits_complete")):
+        put(meld / f"{split}_sent_emo.csv", meld_table(*rows))
+        wavs(meld / folder, "dia0_utt0")
+    assert [e.id for e in suites.read_meld(meld, "train")] == ["dia125_utt4", "dia110_utt7"]
+    assert "left out 1 of 3: 1 known to be corrupt or missing (dia125_utt3)" in caplog.text
+    assert "audio of 2 of 2 clips is missing and will count as wrong" in caplog.text
+    assert [e.id for e in suites.read_meld(meld, "dev")] == ["dia125_utt3", "dia125_utt4"]
+    wavs(meld / "dev_splits_complete", "dia110_utt7")
+    assert len(suites.read_meld(meld, "dev")) == 3
+
+
+def test_videos_alone_are_refused_with_the_line_that_makes_audio(meld):
+    """And that line works on what it was given: it is a loop that a shell understands."""
+    folder = meld / "it's a folder"
+    for name in ("dia0_utt0.mp4", "dia0_utt1.mp4", "._dia0_utt2.mp4"):
+        put(folder / name, b"\0video")
+    put(folder / "._dia0_utt0.wav", b"\0macOS")
+    read = partial(suites.read_meld, meld, audio=folder)
+    refused(ValueError, read, folder, "2 videos (dia0_utt0.mp4, dia0_utt1.mp4", "ffmpeg -nostdin")
+    with pytest.raises(ValueError) as error:
+        read()
+    line = str(error.value).split("\n")[1]
+    fake = put(meld / "bin/ffmpeg", '#!/bin/sh\nfor last; do :; done\ncp "$3" "$last"\n')
+    fake.chmod(0o755)
+    assert os.system(f"export PATH={meld / 'bin'}:$PATH\n{line}") == 0
+    assert len(read()) == 3  # two of them with audio
+    assert {f.name for f in folder.glob("d*.wav")} == {"dia0_utt0.wav", "dia0_utt1.wav"}
+
+
+def test_a_meld_table_with_surprises_is_refused_with_the_line(meld):
+    read, file = partial(suites.read_meld, meld), meld / "test_sent_emo.csv"
+    put(file, meld_table(("Fine.", "joy", 0, 0), ("Hm.", "boredom", 0, 1)))
+    refused(ValueError, read, f"{file}:3: emotion 'boredom'", "Anger, Disgust, Fear, Joy")
+    put(file, meld_table(("It’s".encode().decode("cp1252"), "joy", 0, 0)))
+    refused(ValueError, read, f"{file}:2", "read in the wrong encoding")
+    refused(FileNotFoundError, partial(read, "valid"), meld / "valid_sent_emo.csv")
+    refused(FileNotFoundError, partial(read, audio=meld / "wav"), meld / "wav/*.wav is missing")
+
+
+# --------------------------------------------------------------------------------------- IEMOCAP
+
+EVALUATION = """% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]
+
+[6.2901 - 8.2357]\tSes0{n}F_impro01_F000\t{a}\t[2.5000, 2.5000, 2.5000]
+C-E2:\tNeutral;\t()
+C-F1:\tNeutral;\t(curious)
+A-E3:\tval 3; act 2; dom  2;\t()
+
+[10.0100 - 11.3925]\tSes0{n}F_impro01_M001\t{b}\t[1.0000, 4.0000, 4.5000]
+C-E2:\tAnger;\t()
+
+"""
+
+
+@pytest.fixture
+def iemocap(tmp_path) -> Path:
+    emotions = ["neu ang", "sad hap", "exc fru", "xxx sur", "fru neu"]
+    for n, (a, b) in enumerate(map(str.split, emotions), 1):
+        home = tmp_path / f"Session{n}"
+        dialog = f"Ses0{n}F_impro01"
+        evaluation = EVALUATION.format(n=n, a=a, b=b)
+        put(home / f"dialog/EmoEvaluation/{dialog}.txt", evaluation)
+        put(home / f"dialog/EmoEvaluation/._{dialog}.txt", b"\xff\0macOS")
+        put(home / f"dialog/EmoEvaluation/Categorical/{dialog}_e2_cat.txt", "not this one")
+        put(
+            home / f"dialog/transcriptions/{dialog}.txt",
+            f"{dialog}_F000 [006.2901-008.2357]: Excuse me: [sir].\n"
+            f"{dialog}_M001 [010.0100-011.3925]: \n"
+            f"{dialog}_FXX0 [008.0000-008.1000]: Hm.\nM: not a turn\n",
+        )
+        wavs(home / "sentences/wav" / dialog, f"{dialog}_F000", f"{dialog}_M001")
+    return tmp_path
+
+
+def test_iemocap_gives_the_turns_of_four_emotions(iemocap, caplog):
+    """Excitement counts as happiness; what the four classes do not hold is counted by name."""
+    found = by_id(suites.read_iemocap(iemocap))
+    audio = iemocap / "Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav"
+    first = Example(audio.stem, str(audio), "Excuse me: [sir].", ("Neutral",), "Session1")
+    assert found[audio.stem] == first and audio.is_file()
+    assert found["Ses01F_impro01_M001"].text == ""
+    assert [(e.group, *e.answers) for e in found.values()] == [
+        ("Session1", "Neutral"),
+        ("Session1", "Anger"),
+        ("Session2", "Sadness"),
+        ("Session2", "Happiness"),
+        ("Session3", "Happiness"),
+        ("Session5", "Neutral"),
+    ]
+    expected = "left out 4 of 10: 2 labelled fru, 1 labelled xxx, 1 labelled sur"
+    assert expected in caplog.text and "missing" not in caplog.text
+
+
+def test_excitement_need_not_count_as_happiness(iemocap, caplog):
+    examples = suites.read_iemocap(iemocap, merge_excited=False)
+    assert [e.group for e in examples] == [f"Session{n}" for n in (1, 1, 2, 2, 5)]
+    assert "1 labelled exc" in caplog.text
+
+
+def test_iemocap_with_lines_or_sessions_amiss(iemocap, caplog):
+    read = partial(suites.read_iemocap, iemocap)
+    file = iemocap / "Session2/dialog/EmoEvaluation/Ses02F_impro01.txt"
+    put(file, EVALUATION.format(n=2, a="sad", b="hap").replace("\thap\t", " hap "))
+    refused(ValueError, read, f"{file}:8: ", "with tabs between")
+    (iemocap / "Session2").rename(iemocap / "Session6")
+    assert len(read()) == 4
+    assert "without Session2: the set is not complete" in caplog.text
+    (iemocap / "Session1/dialog/transcriptions/Ses01F_impro01.txt").unlink()
+    refused(FileNotFoundError, read, "Session1/dialog/transcriptions/Ses01F_impro01.txt")
+    refused(FileNotFoundError, partial(suites.read_iemocap, iemocap / "Session1"), "or Session5")
+
+
+# --------------------------------------------------------------------------------------- MUStARD
+
+
+@pytest.fixture
+def mustard(tmp_path) -> Path:
+    entries = {
+        "1_60": {
+            "utterance": "It's just a privilege to watch your mind at work.",
+            "speaker": "SHELDON",
+            "context": ["My apologies. What's your plan?"],
+            "context_speakers": ["LEONARD"],
+            "show": "BBT",
+            "sarcasm": True,
+        },
+        "2_380": {"utterance": "Yes.", "speaker": "ROSS", "show": "FRIENDS", "sarcasm": False},
+    }
+    put(tmp_path / "data/sarcasm_data.json", json.dumps(entries))
+    folder = tmp_path / "mmsd_raw_data/utterances_final"
+    wavs(folder, "1_60", "2_380", "._1_60")
+    put(tmp_path / "__MACOSX/mmsd_raw_data/utterances_final/._1_60.mp4", b"\0")
+    put(folder / "1_60.mp4", b"\0")  # the videos may stay beside
+    return tmp_path
+
+
+def test_mustard_gives_utterances_and_yes_or_no(mustard, caplog):
+    yes, no = suites.read_mustard(mustard)
+    folder = mustard / "mmsd_raw_data/utterances_final"
+    text = "It's just a privilege to watch your mind at work."
+    assert yes == Example("1_60", str(folder / "1_60.wav"), text, ("Yes",), "BBT")
+    assert no == Example("2_380", str(folder / "2_380.wav"), "Yes.", ("No",), "FRIENDS")
+    assert not caplog.records
+
+
+def test_mustard_without_audio_or_with_other_labels_is_refused(mustard):
+    read, file = partial(suites.read_mustard, mustard), mustard / "data/sarcasm_data.json"
+    videos = mustard / "videos"
+    put(videos / "1_60.mp4", b"\0")
+    refused(ValueError, partial(read, audio=videos), videos, "1 videos (1_60.mp4", "ffmpeg")
+    put(file, json.dumps({"1_60": {"utterance": "Hm.", "sarcasm": "no"}}))
+    refused(ValueError, read, f"{file}: '1_60' has utterance 'Hm.' and sarcasm 'no'")
+    for content in ("{", "[1]", '{"1_60": 3}'):
+        put(file, content)
+        refused(ValueError, read, f"{file}: no JSON object of objects")
+    file.unlink()
+    refused(FileNotFoundError, read, mustard / "data/sarcasm_data.json or sarcasm_data.json")
+
+
+# -------------------------------------------------------------------------------------- UR-FUNNY
+
+
+def segment(context: list, punchline: object) -> dict:
+    return {
+        "punchline_sentence": punchline,
+        "context_sentences": context,
+        "punchline_embedding_indexes": [1, 2],
+        "context_embedding_indexes": [[3], np.arange(4)],
+        "punchline_intervals": np.array([[0.5, 0.75], [0.75, 1.25]]),
+        "context_intervals": [np.zeros((2, 2), np.float32)],
+    }
+
+
+@pytest.fixture
+def ur_funny(tmp_path) -> Path:
+    save(tmp_path / "data_folds.pkl", {"train": [4], "dev": [5], "test": [9548, 210, 7]})
+    said = {
+        9548: segment(["so i went home", "it was late"], "and the cat had moved"),
+        210: segment([["in", "short"]], ["we", "thank", "you"]),
+        7: segment([], np.array(["naïve", "words"], object)),
+    }
+    save(tmp_path / "language_sdk.pkl", said)
+    save(tmp_path / "humor_label_sdk.pkl", {9548: 1, 210: 0, 7: np.int64(1), 4: 0, 5: 0})
+    wavs(tmp_path / "urfunny2_videos", "9548", "210", "7")
+    return tmp_path
+
+
+def save(file: Path, content: object, protocol: int = 3) -> Path:
+    return put(file, pickle.dumps(content, protocol))
+
+
+def test_ur_funny_gives_context_and_punchline_and_yes_or_no(ur_funny, caplog):
+    """Sentences come as texts, or as words in lists."""
+    folder, text = ur_funny / "urfunny2_videos", "so i went home it was late and the cat had moved"
+    assert suites.read_ur_funny(ur_funny) == [
+        Example("9548", str(folder / "9548.wav"), text, ("Yes",)),
+        Example("210", str(folder / "210.wav"), "in short we thank you", ("No",)),
+        Example("7", str(folder / "7.wav"), "naïve words", ("Yes",)),
+    ]
+    assert not caplog.records
+
+
+def test_ur_funny_reads_the_file_that_its_readme_misspells(ur_funny):
+    before = suites.read_ur_funny(ur_funny)
+    (ur_funny / "language_sdk.pkl").rename(ur_funny / "langauge_sdk.pkl")
+    assert suites.read_ur_funny(ur_funny) == before
+    (ur_funny / "langauge_sdk.pkl").unlink()
+    say = ur_funny / "language_sdk.pkl or langauge_sdk.pkl"
+    refused(FileNotFoundError, partial(suites.read_ur_funny, ur_funny), say)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_survive_every_protocol_of_pickle(tmp_path, protocol):
+    """Numbers, texts and objects, also as older numpy names its modules."""
+    content = {
+        "ids": np.array([3, -5, 2**40]),
+        "big": np.array([1.5, -2.0], ">f4"),
+        "words": np.array(["naïve", "x"]),
+        "objects": np.array(["a", None, 3], object),
+        "flags": np.array([True, False]),
+        "plain": [np.float64(0.5), np.int32(7), b"", b"\xff", {1}, frozenset("a"), 2.5, "ü", True],
+    }
+    expected = {key: [*value] for key, value in content.items()}
+    file = save(tmp_path / "new.pkl", content, protocol)
+    assert suites._unpickle(file) == expected
+    if protocol < 4:  # names are not preceded by their lengths
+        old = put(tmp_path / "old.pkl", file.read_bytes().replace(b"numpy._core", b"numpy.core"))
+        assert suites._unpickle(old) == expected
+
+
+def test_a_pickle_of_python_2_is_read(tmp_path):
+    """Its texts are bytes without an encoding; an array's content is one of them."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\nt"
+    dtype = b"cnumpy\ndtype\n(S'i2'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
+    file = put(
+        tmp_path / "a.pkl", b"(dS'id'\n" + array + dtype + rb"S'\x01\x00\xff\x00'" + b"\ntbs."
+    )
+    assert suites._unpickle(file) == {"id": [1, 255]}
+
+
+class Call:
+    """Pickles to the request to call something."""
+
+    def __init__(self, function, *arguments):
+        self.request = function, arguments
+
+    def __reduce__(self):
+        return self.request
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (os.system, ("touch {}",), f"{os.name}.system"),
+        (open, ("{}", "w"), "io.open"),
+        (eval, ("open('{}', 'w').close()",), "builtins.eval"),
+        (exec, ("open('{}', 'w').close()",), "builtins.exec"),
+        (getattr, ("{}", "upper"), "builtins.getattr"),
+        (__import__, ("os",), "builtins.__import__"),
+        (Path, ("{}",), "pathlib.Path"),
+        (np.load, ("{}",), "numpy.load"),
+        (np.fromfile, ("{}",), "numpy._core.multiarray.fromfile"),
+        (partial, (print, "{}"), "functools.partial"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_pickle_cannot_call_anything(ur_funny, protocol, function, arguments, name):
+    """The file asks for a file to be made; it is refused by what it asks for, and none is made."""
+    made = ur_funny / "made"
+    call = Call(function, *(str(argument).format(made) for argument in arguments))
+    file = save(ur_funny / "humor_label_sdk.pkl", {9548: call}, protocol)
+    word = name.split(".")[-1]
+    refused(ValueError, partial(suites.read_ur_funny, ur_funny), file, "it asks for ", f".{word})")
+    assert not made.exists()
+    if function in (os.system, eval, exec):  # the file is as malicious as it looks
+        pickle.loads(file.read_bytes())
+        assert made.exists()
+
+
+def test_bytes_do_not_become_pointers(tmp_path):
+    """numpy takes bytes for an array of objects if asked to: reading that follows any address."""
+    wild = b"\x41" * 8
+    ask = Call(np.ndarray, (1,), np.dtype(object), wild)
+    assert suites._unpickle(save(tmp_path / "a.pkl", {"x": ask})) == {"x": []}
+    for dtype in ("O", "V8", [("x", "O")]):
+        state = (1, (1,), np.dtype(dtype), False, wild)
+
+        class Array(Call):
+            def __reduce__(self, state=state):
+                return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+        file = save(tmp_path / "b.pkl", {"x": Array(None)})
+        refused(ValueError, partial(suites._unpickle, file), file, "numpy's dtype")
+
+
+def test_a_damaged_pickle_is_refused_wherever_it_is_cut(ur_funny):
+    whole = (ur_funny / "language_sdk.pkl").read_bytes()
+    file = ur_funny / "cut.pkl"
+    for end in range(0, len(whole) - 1, 7):
+        put(file, whole[:end])
+        refused(ValueError, partial(suites._unpickle, file), f"{file}: refused")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        noisy = bytearray(whole)
+        noisy[rng.integers(len(noisy))] = rng.integers(256)
+        put(file, bytes(noisy))
+        try:
+            suites._unpickle(file)
+        except ValueError as error:
+            assert str(file) in str(error)
+    save(file, [1, 2])
+    refused(ValueError, partial(suites._unpickle, file), f"{file}: refused")
+
+
+def test_ur_funny_with_unknown_splits_or_labels_is_refused(ur_funny):
+    read = partial(suites.read_ur_funny, ur_funny)
+    refused(ValueError, partial(read, "valid"), "no split 'valid'", "train, dev, test")
+    file = save(ur_funny / "humor_label_sdk.pkl", {9548: 1, 210: 2, 7: 0})
+    refused(ValueError, read, f"{file}: the label of 210 is 2; expected 0 or 1")
+    save(file, {9548: 1})
+    refused(ValueError, read, f"{file}: the label of 210 is None")
+    refused(FileNotFoundError, partial(read, audio=ur_funny / "x"), ur_funny / "x/*.wav is missing")
+    put(ur_funny / "videos/9548.mp4", b"\0")
+    refused(ValueError, partial(read, audio=ur_funny / "videos"), "1 videos (9548.mp4", "ffmpeg")
+
+
+# -------------------------------------------------------------------------------------- manifest
+
+
+def test_a_manifest_gives_one_example_a_line(tmp_path):
+    """One answer or several; a separator that only Unicode knows does not end a line."""
+    file = put(
+        tmp_path / "own/tasks.jsonl",
+        '{"audio": "clips/a.wav", "text": "who\u2028?", "answers": ["Ada", "Ada L."], '
+        '"group": "en"}\n'
+        "\n"
+        '{"audio": "/b.wav", "answer": "", "id": 7, "speaker": "x"}\r\n',
+    )
+    wavs(file.parent / "clips", "a")
+    assert suites.read_manifest(file) == [
+        Example("0", str(file.parent / "clips/a.wav"), "who\u2028?", ("Ada", "Ada L."), "en"),
+        Example("7", "/b.wav", "", ("",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "say"),
+    [
+        ("{", "no JSON object"),
+        ('"a"', "no JSON object"),
+        ('{"answer": "x"}', "wrong or missing: audio;"),
+        ('{"audio": "a.wav"}', "wrong or missing: answers;"),
+        ('{"audio": "a.wav", "answers": []}', "wrong or missing: answers;"),
+        ('{"audio": "a.wav", "answers": "Ada"}', "wrong or missing: answers;"),
+        ('{"audio": "a.wav", "answers": ["Ada", 3]}', "wrong or missing: answers;"),
+        ('{"audio": "a.wav", "answer": 3}', "wrong or missing: answer;"),
+        ('{"audio": "a.wav", "answer": "a", "answers": ["a"]}', "answer and answers together"),
+        ('{"audio": "a.wav", "answer": "a", "text": null}', "wrong or missing: text;"),
+        ('{"audio": "a.wav", "answer": "a", "group": 1}', "wrong or missing: group;"),
+    ],
+)
+def test_a_wrong_line_of_a_manifest_is_named(tmp_path, line, say):
+    file = put(tmp_path / "own.jsonl", '{"audio": "a.wav", "answer": "x"}\n' + line + "\n")
+    refused(ValueError, partial(suites.read_manifest, file), f"{file}:2: ", say)
+
+
+def test_a_manifest_that_is_empty_or_not_there_is_refused(tmp_path):
+    file = tmp_path / "own.jsonl"
+    refused(FileNotFoundError, partial(suites.read_manifest, file), f"{file} is missing")
+    refused(ValueError, partial(suites.read_manifest, put(file, "\n")), f"{file}: nothing to ask")
+
+
+# --------------------------------------------------------------------------------- all the suites
+
+
+def test_the_first_class_is_kept(mustard, ur_funny, meld, iemocap):
+    """Sets number their classes from 0, and what is 0 or False is easily taken for missing: not
+    sarcastic, not funny, angry."""
+    for name, folder, first in (
+        ("mustard", mustard, "No"),
+        ("ur_funny", ur_funny, "No"),
+        ("meld", meld, "Anger"),
+        ("iemocap", iemocap, "Anger"),
+    ):
+        answers = [answer for e in suites.SUITES[name].read(folder) for answer in e.answers]
+        assert first in answers, name
+        assert {*answers} <= {*suites.SUITES[name].labels}, name
+
+
+def test_the_prompts_are_the_published_ones():
+    neutral = "\nIf there is no clear emotion, respond 'Neutral'."
+    prompts = {name: suite.prompt for name, suite in suites.SUITES.items()}
+    assert prompts == {
+        "heysquad": "You are a helpful assistant. Give your answers as a simple single sentence.",
+        "sd_qa": "You are a helpful assistant. Give your answers as a simple single sentence.",
+        "covost": "You are a helpful assistant. Translate the inputs from English to {language}.",
+        "meld": "Respond in a single word what emotion the input exhibits." + neutral,
+        "iemocap": "Respond in a single word what emotion the audio represents." + neutral,
+        "mustard": "Respond whether the input is sarcastic. Answer with a simple yes or no.",
+        "ur_funny": "Respond whether the input is intended to be humorous. "
+        "Answer with a simple yes or no.",
+        "manifest": None,
+    }
+    assert suites.LANGUAGES["de"] == "German" and suites.LANGUAGES["zh-CN"] == "Mandarin"
+    assert len(suites.LANGUAGES) == 15 and {*suites.PAPER_LANGUAGES} < {*suites.LANGUAGES}
+
+
+def test_every_suite_has_a_metric_and_labels_where_it_chooses_among_them():
+    kinds = {name: (suite.metric, suite.labels) for name, suite in suites.SUITES.items()}
+    seven = ("Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise")
+    assert kinds == {
+        "heysquad": ("qa", ()),
+        "sd_qa": ("qa", ()),
+        "covost": ("translation", ()),
+        "meld": ("weighted_f1", seven),
+        "iemocap": ("weighted_f1", ("Anger", "Happiness", "Neutral", "Sadness")),
+        "mustard": ("accuracy", ("Yes", "No")),
+        "ur_funny": ("accuracy", ("Yes", "No")),
+        "manifest": (None, ()),
+    }
