@@ -357,6 +357,7 @@ def _convolution(out: str, left: str, right: str, rest: str) -> float:
 
 
 def gib(size: float | int) -> str:
+    """Bytes, for people."""
     return f"{size / GIB:.2f} GiB"
 
 

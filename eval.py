@@ -181,6 +181,7 @@ def correct(answer: str | None, item: Item) -> tuple[float, ...]:
 
 
 def word_errors(answer: str | None, item: Item) -> tuple[float, ...]:
+    """Word edits from the answer to the reference, and the reference's words."""
     return float(edits(answer or "", item.answer)), float(len(normalise(item.answer).split()))
 
 
@@ -208,6 +209,7 @@ _BLEU = BLEU(effective_order=True)  # changes no count; without it single senten
 
 
 def ratio(sums: Float[np.ndarray, "*R 2"]) -> Float[np.ndarray, "*R"]:
+    """The first column over the second."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
 
 
@@ -226,6 +228,8 @@ def bleu(sums: Float[np.ndarray, "*R 10"]) -> Float[np.ndarray, "*R"]:
 
 
 class Metric(NamedTuple):
+    """A few numbers for each answer, and what their sums over the items mean."""
+
     measure: Callable[[str | None, Item], tuple[float, ...]]  # None: the clip was not decoded
     combine: Callable[[np.ndarray], np.ndarray]
 
@@ -332,6 +336,7 @@ def _add_accents(
 
 
 def bleu_signature() -> str:
+    """sacrebleu's own name for the settings of the BLEU that is reported."""
     metric = BLEU()
     metric.corpus_score(["a"], [["a"]])  # sets the number of references
     return str(metric.get_signature())
@@ -365,11 +370,13 @@ class Models:
 
 @eqx.filter_jit
 def listen(diva: connector.DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
+    """Encoder states, compiled; every system hears the same ones."""
     return diva.listen(audio)
 
 
 @eqx.filter_jit
 def speak(module: connector.Connector, states: Float[Array, "B T D"]) -> Float[Array, "B Q E"]:
+    """Virtual tokens of one system's connector, compiled."""
     return module(states)
 
 

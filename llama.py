@@ -111,6 +111,8 @@ class RMSNorm(eqx.Module):
 
 
 class Embedding(eqx.Module):
+    """One row for each token of the vocabulary."""
+
     weight: Float[Array, "V E"]
 
 
@@ -162,6 +164,8 @@ class MLP(eqx.Module):
 
 
 class Layer(eqx.Module):
+    """Attention, then SwiGLU; each behind an RMSNorm, each added back."""
+
     input_layernorm: RMSNorm
     self_attn: Attention
     post_attention_layernorm: RMSNorm
@@ -177,12 +181,16 @@ Cache = tuple[Float[Array, "N B C G K"], Float[Array, "N B C G K"]]  # keys (rot
 
 
 class LlamaModel(eqx.Module):
+    """All that stands under `model.` in a published file."""
+
     embed_tokens: Embedding
     layers: Layer  # arrays stacked on a leading axis [N, ...]
     norm: RMSNorm
 
 
 class Llama(eqx.Module):
+    """A Llama that starts from embeddings and ends in hidden states."""
+
     model: LlamaModel
     lm_head: Linear | None  # None: tied to embed_tokens
     config: LlamaConfig = eqx.field(static=True)

@@ -41,6 +41,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it
 
 
 def in_bucket(path: epath.Path) -> bool:
+    """gs://... and the like, where there is no renaming and no appending."""
     return "://" in str(path)
 
 

@@ -692,6 +692,7 @@ def run(config: Config) -> None:
 
 
 def main() -> None:
+    """The command line. Every error that a user can cause is one line, and exit code 1."""
     try:
         config = parse(sys.argv[1:])
         if config.compile_only:

@@ -195,6 +195,8 @@ class Attention(eqx.Module):
 
 
 class EncoderLayer(eqx.Module):
+    """Self-attention over the whole window, then an MLP; each behind a norm, each added back."""
+
     self_attn: Attention
     self_attn_layer_norm: LayerNorm
     fc1: Linear
@@ -207,6 +209,8 @@ class EncoderLayer(eqx.Module):
 
 
 class DecoderLayer(eqx.Module):
+    """Causal self-attention, cross-attention to the encoder's states, MLP."""
+
     self_attn: Attention
     self_attn_layer_norm: LayerNorm
     encoder_attn: Attention
@@ -318,6 +322,8 @@ class Decoder(eqx.Module):
 
 
 class Whisper(eqx.Module):
+    """The whole recogniser; `model.` stands before its tensors' names in a published file."""
+
     encoder: Encoder
     decoder: Decoder
     config: WhisperConfig = eqx.field(static=True)
