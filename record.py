@@ -8,7 +8,7 @@
 A folder may lie on a disk or in a bucket (gs://...). Of several processes the first one writes, but
 for checkpoints, to which each adds its part; all of them read, and stop together.
 
-Reads: cost.py.   Read next: train.py.
+Reads: cost.py, weights.py.   Read next: train.py.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import cost
+import weights
 
 matplotlib.use("Agg")
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it also raises
@@ -273,7 +274,7 @@ def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[st
     Raises ValueError naming every difference, OSError if the folder cannot be written.
     """
     if file.is_file():
-        theirs = json.loads(file.read_text())
+        theirs = weights.read_json(file)
         if keep:
             return theirs
         changed = [

@@ -26,7 +26,6 @@ Read next: eval.py.
 import argparse
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -659,9 +658,8 @@ def run(config: Config) -> None:
     config = with_dtype(config, jax.default_backend())
     mesh = sharding.make_mesh(config.batch_size, config.fsdp)
     recipe = dataclasses.asdict(recipe_of(config))
-    finished = sharding.from_first(
-        lambda: [record.claim(out / "train.json", recipe), (out / "model.safetensors").exists()][1]
-    )
+    sharding.from_first(lambda: record.claim(out / "train.json", recipe))
+    finished = sharding.from_first(lambda: (out / "model.safetensors").exists())
     if not (out / "train.json").exists():
         raise ValueError(
             f"{out}: process {jax.process_index()} does not see what process 0 has written there; "
@@ -684,7 +682,7 @@ def run(config: Config) -> None:
     curve = record.plot(out)
     print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
     if (out / "eval.json").exists():
-        print(evaluation.table(json.loads((out / "eval.json").read_text())))
+        print(evaluation.table(weights.read_json(out / "eval.json")))
     elif config.tasks:
         evaluation.evaluate(Path(config.out), Path(config.tasks))
     if not record.in_bucket(out):

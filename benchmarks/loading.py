@@ -12,6 +12,7 @@ that are mapped come on top, though the kernel may drop them whenever it likes. 
 written, so they come from the page cache where it has room: MB/s is not that of a cold disk.
 """
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import cost
 import llama
 import sharding
 import weights
@@ -40,26 +42,7 @@ SHARDS = 4
 RUNS = 3
 ROOM = 4_000_000_000  # bytes of disk
 ALLOWED = 1.5  # of the largest tensor, above the loaded model
-CONFIG = dict(  # meta-llama/Llama-3.2-1B-Instruct
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128_256,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=131_072,
-    tie_word_embeddings=True,
-    rope_theta=500_000.0,
-    rope_scaling=dict(
-        rope_type="llama3",
-        factor=32.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
-)
+CONFIG = cost.PUBLISHED["meta-llama/Llama-3.2-1B-Instruct"]
 
 
 def shapes(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -79,8 +62,8 @@ def shapes(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def make(folder: Path) -> None:
     """Write the checkpoint, tensor by tensor."""
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    wanted = shapes(weights.read_config(llama.LlamaConfig, folder))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    wanted = shapes(CONFIG)
     total = sum(2 * int(np.prod(shape)) for shape in wanted.values())
     shard_of, before = {}, 0
     for name, shape in wanted.items():
