@@ -62,10 +62,10 @@ def look_into(bucket: epath.Path) -> None:
 def write_text(file: epath.Path, text: str) -> None:
     """Whole or not at all: beside and then renamed; a bucket's objects are so by themselves."""
     if in_bucket(file):
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         return
     partial = file.parent / f"{file.name}.partial"
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 

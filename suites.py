@@ -12,7 +12,7 @@ Every reader takes the layout in which the set is published. What cannot be aske
 without an answer, an emotion outside the task) is left out and counted in a warning; a clip whose
 audio is missing stays in the list, so that it counts as wrong instead of making the set easier.
 
-Reads: nothing of ours.   Read next: eval.py.
+Reads: nothing of ours.   Read next: systems.py.
 """
 
 import codecs
@@ -57,16 +57,24 @@ class Example:
     text: str  # transcript or question, '' if unknown
     answers: tuple[str, ...]  # any of them
     group: str = ""  # dialect, target language, session or show: for scores by group
+    language: str = ""  # of the answers, if they are translations: a key of LANGUAGES
 
 
 def reader(read: Callable[..., Iterator[Example | str]]) -> Callable[..., list[Example]]:
     """Of a generator of examples and of reasons to leave a row out, make a function that returns
-    the examples, warns of what was left out and of missing audio, and refuses an empty set."""
+    the examples, warns of what was left out and of missing audio, and refuses an empty set.
+
+    An id that comes again gets a number, so that every clip has one of its own.
+    """
 
     @functools.wraps(read)
     def wrapped(path: str | Path, /, *args: Any, **kwargs: Any) -> list[Example]:
-        rows = list(read(Path(path), *args, **kwargs))
-        examples = [row for row in rows if isinstance(row, Example)]
+        rows, seen, examples = list(read(Path(path), *args, **kwargs)), collections.Counter(), []
+        for row in rows:
+            if isinstance(row, Example):
+                seen[row.id] += 1
+                name = row.id if seen[row.id] == 1 else f"{row.id}#{seen[row.id]}"
+                examples.append(dataclasses.replace(row, id=name))
         reasons = collections.Counter(row for row in rows if isinstance(row, str))
         counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or "nothing"
         if not examples:
@@ -142,7 +150,7 @@ def _sd_qa_repository(home: Path, split: str) -> Iterator[Example | str]:
     questions = {line.split("\t")[0]: line.split("\t")[-1].strip() for line in lines}
     for dialect in _present(home, DIALECTS):
         file = _find(home / dialect, "*.txt.jsonl.gz", "*.txt.jsonl", "*-[A-Z][A-Z].jsonl*")
-        answers = {str(row.get("example_id")): _tydi(row, at) for at, row in _json_lines(file)}
+        answers = {str(row.get("example_id")): _tydi(row, at) for at, row in json_lines(file)}
         for _, row in _table(home / dialect / "metadata.csv", ["example_id"]):
             key = row["example_id"]
             if answers.get(key):
@@ -210,7 +218,7 @@ def read_covost(
             yield "not in validated.tsv (expected that of Common Voice 4)"
         else:
             audio, name = str(voice / "clips" / row["path"]), f"{language}/{row['path']}"
-            yield Example(name, audio, text, (row["translation"],), language)
+            yield Example(name, audio, text, (row["translation"],), language, language)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -339,12 +347,22 @@ def _words(part: Any) -> str:
 
 
 @reader
-def read_manifest(file: Path) -> Iterator[Example | str]:
-    """JSONL: audio (relative to the manifest), answer or answers, and maybe id, text and group."""
-    for number, (where, row) in enumerate(_json_lines(file)):
+def read_manifest(path: Path, split: str = "test") -> Iterator[Example | str]:
+    """JSONL: audio (relative to the file), answer or answers, and maybe id, text, group, language.
+
+    `path` is the file, or a folder with SPLIT.jsonl.
+    """
+    file = path / f"{split}.jsonl" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        there = ", ".join(sorted(other.stem for other in path.glob("*.jsonl"))) or "none"
+        raise FileNotFoundError(f"{file} is missing. Splits here: {there}. Check --split.")
+    for number, (where, row) in enumerate(json_lines(file)):
         answers = [row["answer"]] if "answer" in row else row.get("answers")
-        texts = {key: row.get(key, "") for key in ("text", "group")} | {"audio": row.get("audio")}
+        texts = {key: row.get(key, "") for key in ("text", "group", "language")}
+        texts["audio"] = row.get("audio")
         wrong = [key for key, text in texts.items() if not isinstance(text, str)]
+        if texts["language"] not in ("", *LANGUAGES):
+            wrong.append("language")
         if "answer" in row and "answers" in row:
             wrong.append("answer and answers together")
         elif not (isinstance(answers, list) and {*map(type, answers)} == {str}):
@@ -353,10 +371,13 @@ def read_manifest(file: Path) -> Iterator[Example | str]:
             raise ValueError(
                 f"{where}: wrong or missing: {', '.join(wrong)}; expected an object such as "
                 '{"audio": "a.wav", "text": "who ...?", "answers": ["Ada"], "group": "en"}, with '
-                "either answer (a string) or answers (a list of strings). Correct the line."
+                "either answer (a string) or answers (a list of strings), and a language only from "
+                f"{', '.join(LANGUAGES)}. Correct the line."
             )
-        name, audio = str(row.get("id", number)), str(file.parent / texts["audio"])
-        yield Example(name, audio, texts["text"], tuple(answers), texts["group"])
+        # without "..", so that one clip of several tasks has one name
+        texts["audio"] = os.path.normpath(file.parent / texts["audio"])
+        fields = texts | {"answers": tuple(answers)}
+        yield Example(id=str(row.get("id", number)), **fields)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -416,7 +437,7 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file}: no text in UTF-8 ({error}). Download it again.") from error
 
 
-def _json_lines(file: Path) -> Iterator[tuple[str, dict]]:
+def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
     """(FILE:LINE, object) of JSON lines. Raises ValueError that names the line."""
     # not splitlines: a JSON string may hold the other separators that Unicode knows
     for number, line in enumerate(_text(file).split("\n"), 1):
@@ -588,49 +609,50 @@ class Suite:
 
     read: Callable[..., list[Example]]
     prompt: str | None  # the system turn
-    metric: str | None  # qa: the best of the answers; translation: BLEU; weighted_f1; accuracy
+    metrics: tuple[str, ...]  # of metrics.py; the first one is the headline
     labels: tuple[str, ...] = ()  # choose the likeliest of these instead of generating
 
 
 QA = "You are a helpful assistant. Give your answers as a simple single sentence."
+QA_METRICS = ("pedant", "contains", "f1", "exact_match", "prompt_ignoring")
 YES_NO = ("Yes", "No")
 SUITES = {
-    "heysquad": Suite(read_heysquad, QA, "qa"),
-    "sd_qa": Suite(read_sd_qa, QA, "qa"),
+    "heysquad": Suite(read_heysquad, QA, QA_METRICS),
+    "sd_qa": Suite(read_sd_qa, QA, QA_METRICS),
     "covost": Suite(
         read_covost,
         # As the script for DiVA has it; the project's page says "Translate the input from English
         # to ...". {language} is LANGUAGES[group].
         "You are a helpful assistant. Translate the inputs from English to {language}.",
-        "translation",
+        ("bleu", "chrf", "wrong_script"),
     ),
     "meld": Suite(
         read_meld,
         "Respond in a single word what emotion the input exhibits.\n"
         "If there is no clear emotion, respond 'Neutral'.",
-        "weighted_f1",
+        ("weighted_f1", "accuracy"),
         MELD_LABELS,
     ),
     "iemocap": Suite(
         read_iemocap,
         "Respond in a single word what emotion the audio represents.\n"
         "If there is no clear emotion, respond 'Neutral'.",
-        "weighted_f1",
+        ("weighted_f1", "accuracy"),
         tuple(IEMOCAP_LABELS.values()),
     ),
     "mustard": Suite(
         read_mustard,
         "Respond whether the input is sarcastic. Answer with a simple yes or no.",
-        "accuracy",
+        ("accuracy", "weighted_f1"),
         YES_NO,
     ),
     "ur_funny": Suite(
         read_ur_funny,
         "Respond whether the input is intended to be humorous. Answer with a simple yes or no.",
-        "accuracy",
+        ("accuracy", "weighted_f1"),
         YES_NO,
     ),
-    "manifest": Suite(read_manifest, None, None),  # the prompt and the metric are the user's
+    "manifest": Suite(read_manifest, None, ()),  # prompt and metrics are the user's
 }
 
 # German and Mandarin are the published script's words; the other names are ours.
@@ -640,3 +662,39 @@ LANGUAGES = dict(
     "ja:Japanese lv:Latvian mn:Mongolian sl:Slovenian sv-SE:Swedish ta:Tamil tr:Turkish "
     "zh-CN:Mandarin".split()
 )
+
+# Read off the bars of the published charts (their vector graphics): within 0.3 for questions, 0.1
+# for the rest. "pedant" was PANDA, as qa-metrics 0.1 computed it: later versions score otherwise.
+# "prompt_ignoring" is what the authors found in 50 answers that they read.
+PUBLISHED_SYSTEMS = ("Qwen Audio", "Qwen 2 Audio", "SALMONN", "DiVA Llama 3 8B")
+PUBLISHED = {}  # {suite: {group, or "" for all: {metric: {system: score}}}}
+for _line in """
+heysquad pedant         45.1 46.1 48.7 55.0
+sd_qa    pedant         43.3 43.3 46.8 53.8
+sd_qa    pedant   usa   42.5 44.4 48.2 54.8
+sd_qa    pedant   gbr   43.6 44.6 47.1 54.6
+sd_qa    pedant   phl   42.1 42.8 45.8 52.6
+sd_qa    pedant   ind_s 43.0 42.8 45.7 54.0
+sd_qa    pedant   ind_n 42.6 41.9 45.5 52.2
+sd_qa    pedant   irl   43.0 43.5 47.7 54.2
+sd_qa    pedant   aus   45.3 44.3 47.9 55.5
+sd_qa    pedant   nzl   44.3 44.9 48.0 55.0
+sd_qa    pedant   nga   42.3 41.6 45.9 52.9
+sd_qa    pedant   zaf   43.9 42.6 45.8 52.6
+covost   bleu           15.7 16.1  9.1 13.8
+covost   bleu     ar     8.1 13.3  0.7 12.9
+covost   bleu     zh-CN 25.2 16.5 19.7 12.3
+covost   bleu     de    28.9 30.3 21.0 27.6
+covost   bleu     id    17.0 25.7 11.5 22.9
+covost   bleu     ja    22.6 16.5  8.4  6.2
+covost   bleu     ta     0.2  0.4  0.0  3.2
+covost   bleu     tr     7.7  9.9  2.1 11.8
+meld     weighted_f1     3.0 37.7 31.7 41.3
+iemocap  weighted_f1     9.4 33.9 17.4 50.6
+mustard  accuracy       49.7 55.5 50.1 52.6
+ur_funny accuracy       54.5 50.7 52.3 50.2
+heysquad prompt_ignoring 30.0 4.0 8.0 0.0
+""".strip().split("\n"):
+    _suite, _metric, *_group, _a, _b, _c, _d = _line.split()
+    _scores = dict(zip(PUBLISHED_SYSTEMS, map(float, (_a, _b, _c, _d)), strict=True))
+    PUBLISHED.setdefault(_suite, {}).setdefault("".join(_group), {})[_metric] = _scores

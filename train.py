@@ -20,7 +20,7 @@ again, and ends with the same weights, bit for bit, as if nothing had happened.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
 Reads: connector.py, distill_loss.py, data.py, sharding.py, cost.py, record.py.
-Read next: eval.py.
+Read next: suites.py.
 """
 
 import argparse
@@ -35,7 +35,6 @@ import sys
 import tempfile
 import time
 import zlib
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -56,6 +55,7 @@ import distill_loss
 import eval as evaluation
 import llama
 import record
+import report
 import sharding
 import weights
 import whisper
@@ -682,9 +682,9 @@ def run(config: Config) -> None:
     curve = record.plot(out)
     print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
     if (out / "eval.json").exists():
-        print(evaluation.table(weights.read_json(out / "eval.json")))
+        print(report.table(weights.read_json(out / "eval.json")))
     elif config.tasks:
-        evaluation.evaluate(Path(config.out), Path(config.tasks))
+        evaluation.evaluate(config.out, [config.tasks])
     if not record.in_bucket(out):
         print(f"hear as it does: python connector.py CLIP --model {out}")
 

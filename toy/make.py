@@ -12,6 +12,7 @@ Who hears what: no sentence of the dev and test splits, and none of their voices
 audio that Whisper or DiVA learn from. The Llama has read all of it: it is the one who knows.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import io
@@ -178,17 +179,43 @@ def make_speech() -> None:
             lines.append(
                 "\t".join([take.speaker, name, text, "2", "0", "", gender, accent, "en", ""])
             )
-            rows.append(
-                {"audio": f"../common_voice/en/clips/{name}", "text": text, "accent": accent}
-                | {"task": take.sentence.task, "answer": take.sentence.answer}
-            )
+            clip = f"../../common_voice/en/clips/{name}"
+            rows.append((take.sentence, {"audio": clip, "text": text}, accent))
         (corpus / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         if split != "train":
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (tasks / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    prompts = {task: {"system": prompt} for task, prompt in world.PROMPTS.items()}
-    prompts["emotion"]["labels"] = world.LABELS
-    (tasks / "tasks.json").write_text(json.dumps(prompts, indent=2) + "\n", encoding="utf-8")
+            write_tasks(tasks, split, rows)
+    entries = {
+        task: {"suite": "manifest", "path": task, "prompt": prompt, "metrics": METRICS[task]}
+        for task, prompt in world.PROMPTS.items()
+    }
+    entries["emotion"]["labels"] = world.LABELS
+    text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    (tasks / "tasks.json").write_text(text, encoding="utf-8")
+
+
+METRICS = {
+    "spoken_qa": ["exact_match", "f1", "prompt_ignoring"],
+    "translation": ["exact_match", "bleu", "chrf"],
+    "emotion": ["accuracy", "weighted_f1"],
+    "repeat": ["wer"],
+}
+REPEATED = 4  # one clip in so many is also to be repeated
+
+
+def write_tasks(folder: Path, split: str, rows: list[tuple[world.Sentence, dict, str]]) -> None:
+    """folder/TASK/SPLIT.jsonl: what is asked about the clips, questions by accent."""
+    lines = collections.defaultdict(list)
+    for sentence, row, accent in rows:
+        group = {"group": accent} if sentence.task == "spoken_qa" else {}
+        lines[sentence.task].append(row | {"answer": sentence.answer} | group)
+    # a random quarter: every fourth could be of one accent alone
+    chosen = np.random.default_rng(0).permutation(len(rows))[: -(-len(rows) // REPEATED)]
+    repeated = [rows[i][1] for i in sorted(chosen)]
+    lines["repeat"] = [row | {"answer": row["text"]} for row in repeated]
+    for task, some in lines.items():
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+        (folder / task / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------

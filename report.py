@@ -1,0 +1,405 @@
+"""The report: what an evaluation found, as a table, charts, a page to browse, cases to judge.
+
+    eval.json      all scores with intervals and p values, histograms of labels, signatures
+    charts/        the headline of each task by group, with 95 % intervals, PNG and SVG
+    report.html    the same, and clips to play beside question, reference and answers
+    cases.tsv      answers to questions, drawn at random, to be judged by hand
+
+Reads: metrics.py, significance.py, suites.py, record.py.   Read next: eval.py.
+"""
+
+import csv
+import html
+import io
+import json
+import os
+import textwrap
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import record
+from metrics import METRICS
+from significance import ALPHA
+from suites import PUBLISHED_SYSTEMS
+
+CASES = 50  # as many as the paper's authors read of each system
+SHOWN = 500  # clips of each task on the page; predictions.jsonl has all
+PER_BLOCK = 4  # systems beside each other in the terminal
+NAME = 24  # width of the first column
+COLOURS = {"untrained": "#bbbbbb", "diva": "#c0392b", "cascade": "#2874a6", "text": "#444444"}
+MORE_COLOURS = ("#d68910", "#1e8449", "#7d3c98", "#117864", "#a04000")
+
+
+def write(folder: Path, found: dict, items: list, answers: dict, scores: dict) -> None:
+    """All of it, into `folder`. `items` as in eval.py; answers {system: [text or None]}; scores
+    {(system, number of the item): {metric: score of this answer alone}}."""
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    record.write_text(folder / "eval.json", text)
+    (folder / "charts").mkdir(exist_ok=True)
+    for task in found["tasks"]:
+        chart(found, task, folder / "charts" / task)
+    record.write_text(folder / "cases.tsv", cases(found, items, answers, scores))
+    record.write_text(folder / "report.html", page(folder, found, items, answers, scores))
+
+
+def headline(task: dict[str, Any]) -> str:
+    """The first metric of a task that could be computed."""
+    return next(iter(task["metrics"]))
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+
+def table(found: dict[str, Any]) -> str:
+    """The scores as text, at most 100 columns wide."""
+    blocks = [
+        "\n".join(_rows(found, names))
+        for names in (
+            found["systems"][start : start + PER_BLOCK]
+            for start in range(0, len(found["systems"]), PER_BLOCK)
+        )
+    ]
+    notes = [
+        "score (0 to 100) and its 95 % interval; - lower is better; * differs from diva: p < 0.05,",
+        "paired permutation of sentences, Holm-corrected over groups; ! the best of all but text,",
+        "and differs from each of them",
+    ]
+    lines = [*_histograms(found), *_chances(found), *_signatures(found), *_errors(found)]
+    published = _published(found)
+    return "\n".join(["\n\n".join(blocks), *notes, *lines, *published]).rstrip()
+
+
+def _rows(found: dict[str, Any], names: list[str]) -> list[str]:
+    lines = [" " * NAME + "".join(f" {name[:18]:18}" for name in names).rstrip()]
+    for task, part in found["tasks"].items():
+        lines.append(f"{task} ({part['n']})")
+        for metric, entries in part["metrics"].items():
+            lines.append(_row(f" {metric}{_sign(metric)}", entries, names))
+            if metric == headline(part):
+                lines += [
+                    _row(f"  {group}", entries[metric], names)
+                    for group, entries in part["groups"].items()
+                ]
+    return lines
+
+
+def _row(name: str, entries: dict[str, dict], names: list[str]) -> str:
+    cells = []
+    for entry in (entries[name] for name in names):
+        star = "!" if entry.get("best") else "*" if entry.get("p_permutation", 1) < ALPHA else " "
+        # a word error rate has no upper end: 64 words said for one are 6,400 per cent
+        digits = 1 if entry["high"] < 1000 else 0
+        score, low, high = (f"{entry[key]:.{digits}f}" for key in ("score", "low", "high"))
+        cells.append(f" {score:>5}{star} {low + '-' + high:11}")
+    return (f"{name[:NAME]:{NAME}}" + "".join(cells)).rstrip()
+
+
+def _sign(metric: str) -> str:
+    return " -" if METRICS[metric].lower_is_better else ""
+
+
+def _histograms(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for task, part in found["tasks"].items():
+        for system, counts in part.get("predicted", {}).items():
+            said = ", ".join(f"{label} {n}" for label, n in counts.items() if n)
+            text = f"{task} as {system} names it: {said}"
+            lines += textwrap.wrap(text, 100, subsequent_indent="  ")
+    return lines
+
+
+def _chances(found: dict[str, Any]) -> list[str]:
+    """Only for yes or no: with more labels, an always equal answer has no 50 % to hide behind."""
+    lines = []
+    for task, part in found["tasks"].items():
+        if len(part.get("predicted", ())) and len(_labels(part)) == 2:
+            p = {s: e["p_chance"] for s, e in part["metrics"].get("accuracy", {}).items()}
+            text = ", ".join(f"{system} {value:.2g}" for system, value in p.items())
+            lines.append(f"{task}: p against guessing: {text}")
+    return lines
+
+
+def _labels(part: dict[str, Any]) -> list[str]:
+    counts = next(iter(part["predicted"].values()))
+    return [label for label in counts if label not in ("other", "no answer")]
+
+
+def _signatures(found: dict[str, Any]) -> list[str]:
+    signed = {
+        f"{name}: {text}"
+        for part in found["tasks"].values()
+        for name, text in part["signatures"].items()
+    }
+    return sorted(signed)
+
+
+def _errors(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if errors := found["errors"]:
+        lines.append(f"{len(errors)} clips could not be decoded and count as wrong (see eval.json)")
+    for task, part in found["tasks"].items():
+        counts = {system: n for system, n in part["errors"].items() if n}
+        if counts:
+            text = ", ".join(f"{system} {n}" for system, n in counts.items())
+            lines.append(f"{task}: without an answer, counted as wrong: {text}")
+    return lines
+
+
+def _published(found: dict[str, Any]) -> list[str]:
+    rows = [
+        (f"{task} {metric} {group}".rstrip(), scores)
+        for task, part in found["tasks"].items()
+        for group, entries in part.get("published", {}).items()
+        for metric, scores in entries.items()
+    ]
+    if not rows:
+        return []
+    heads = " ".join(f"{name:>15}" for name in PUBLISHED_SYSTEMS)
+    lines = ["", f"{'read off the published charts':34}{heads}"]
+    lines += [
+        f"{name[:34]:34}" + " ".join(f"{scores[s]:15.1f}" for s in PUBLISHED_SYSTEMS)
+        for name, scores in rows
+    ]
+    return [*lines, "(pedant there: PANDA, an older classifier; prompt_ignoring: 50 read by hand)"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Charts
+
+
+def chart(found: dict[str, Any], task: str, file: Path) -> None:
+    """Grouped bars of the headline by group, all systems, 95 % intervals, as file.png and .svg."""
+    part = found["tasks"][task]
+    metric = headline(part)
+    places = {group: entries[metric] for group, entries in part["groups"].items()}
+    places["all"] = part["metrics"][metric]
+    published = {
+        system: [
+            part.get("published", {}).get("" if p == "all" else p, {}).get(metric, {}).get(system)
+            for p in places
+        ]
+        for system in PUBLISHED_SYSTEMS
+    }
+    published = {name: values for name, values in published.items() if any(values)}
+    names = [*found["systems"], *published]
+    width, at = 0.8 / len(names), np.arange(len(places))
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.2 * len(places) + 3), 4.2), layout="tight")
+    more = iter(MORE_COLOURS * 3)
+    for k, name in enumerate(names):
+        x = at - 0.4 + width * (k + 0.5)
+        if name in published:
+            values = [np.nan if value is None else value for value in published[name]]
+            look = {"color": "white", "edgecolor": next(more), "hatch": "////", "linewidth": 0.6}
+            axes.bar(x, values, width, label=f"{name} (published, read off a chart)", **look)
+            continue
+        entries = [place[name] for place in places.values()]
+        values = np.array([entry["score"] for entry in entries])
+        ends = np.array([[entry["low"] for entry in entries], [e["high"] for e in entries]])
+        reach = np.maximum(0, np.array([values - ends[0], ends[1] - values]))
+        colour = COLOURS.get(name) or next(more)
+        bars = {"color": colour, "yerr": reach, "error_kw": {"linewidth": 0.8, "ecolor": "black"}}
+        axes.bar(x, values, width, label=name, **bars)
+        for place, entry in zip(x, entries, strict=True):
+            if entry.get("best"):
+                axes.annotate("*", (place, entry["high"]), ha="center", fontsize=12)
+    axes.set_xticks(at, [textwrap.fill(place, 14) for place in places], fontsize=8)
+    axes.set_ylabel(f"{metric}{_sign(metric) and ' (lower is better)'}")
+    axes.set_title(f"{task}: 95 % intervals; * best of all but text, p < {ALPHA}", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, ncols=min(4, len(names)), loc="upper center",
+                bbox_to_anchor=(0.5, -0.15))  # fmt: skip
+    for ending in ("png", "svg"):
+        figure.savefig(file.with_name(f"{file.name}.{ending}"), dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cases to be judged by hand
+
+
+def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> str:
+    """Answers of every system to the same questions, for each task that asks some: does it try to
+    answer, or does it repeat the question? The last column is left for the reader's judgement."""
+    stream = io.StringIO()
+    rows = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    rows.writerow("task id system question answer references ignores_prompt judged".split())
+    for task, part in found["tasks"].items():
+        if "prompt_ignoring" not in part["metrics"]:
+            continue
+        numbers = [i for i, item in enumerate(items) if item.task == task]
+        for i in _drawn(numbers, CASES):
+            example = items[i].example
+            for system in found["systems"]:
+                answer = answers[system][i]
+                judged = "" if answer is None else int(scores[system, i]["prompt_ignoring"] > 0)
+                said = [example.text, "(none)" if answer is None else answer]
+                row = [task, example.id, system, *said, " | ".join(example.answers), judged, ""]
+                rows.writerow([" ".join(str(cell).split()) for cell in row])
+    return stream.getvalue()
+
+
+def _drawn(numbers: list[int], most: int) -> list[int]:
+    chosen = np.random.default_rng(0).permutation(len(numbers))[:most]
+    return [numbers[i] for i in sorted(chosen)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+
+def page(folder: Path, found: dict, items: list, answers: dict, scores: dict) -> str:
+    """One page without anything from elsewhere but the clips and charts that lie on this disk."""
+    clips = []
+    for task, part in found["tasks"].items():
+        metric = headline(part)
+        for i in _drawn([i for i, item in enumerate(items) if item.task == task], SHOWN):
+            example = items[i].example
+            path = os.path.relpath(example.audio, folder)
+            values = [round(scores[system, i][metric], 1) for system in found["systems"]]
+            perfect = 0 if METRICS[metric].lower_is_better else 100
+            said = [
+                [answers[system][i], value, value == perfect]
+                for system, value in zip(found["systems"], values, strict=True)
+            ]
+            clips.append(
+                {"task": task, "id": example.id, "group": example.group, "text": example.text}
+                | {"audio": urllib.parse.quote(path.replace(os.sep, "/")), "said": said}
+                | {"prompt": items[i].ask.prompt, "references": example.answers}
+            )
+    # "<" ends no script element in this form, whatever a transcript holds
+    content = json.dumps({"systems": found["systems"], "clips": clips}, ensure_ascii=False)
+    pictures = "".join(
+        f'<img src="charts/{urllib.parse.quote(task)}.svg" alt="scores of {html.escape(task)}">'
+        for task in found["tasks"]
+    )
+    parts = {
+        "@TITLE@": html.escape(f"Evaluation of {found['model']}"),
+        "@TABLE@": html.escape(table(found)),
+        "@CHARTS@": pictures,
+        "@SHOWN@": str(SHOWN),
+        "@CONTENT@": content.replace("<", "\\u003c"),
+    }
+    text = PAGE
+    for mark, part in parts.items():  # the content last: nothing in it is taken for a mark
+        text = text.replace(mark, part)
+    return text
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@TITLE@</title>
+<style>
+  body { font: 15px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
+         padding: 0 1rem; color: #222; background: #fff }
+  pre { overflow-x: auto; font-size: 12px; line-height: 1.3 }
+  img { max-width: 100%; display: block; margin: 1rem 0; background: #fff }
+  form { display: flex; flex-wrap: wrap; gap: .8rem; position: sticky; top: 0; padding: .6rem 0;
+         background: inherit }
+  article { border-top: 1px solid #ccc; padding: .8rem 0 }
+  article table { border-collapse: collapse; width: 100% }
+  td, th { text-align: left; vertical-align: top; padding: .1rem .8rem .1rem 0 }
+  th { width: 7rem; font-weight: 600 }
+  td.score { width: 4rem; text-align: right; color: #777 }
+  audio { width: 100%; height: 2.2rem; margin: .3rem 0 }
+  .small { color: #777; font-size: 13px }
+  @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 }
+    article { border-color: #444 } }
+</style>
+<h1>@TITLE@</h1>
+<pre>@TABLE@</pre>
+@CHARTS@
+<h2>Clips</h2>
+<p class="small">At most @SHOWN@ of each task, drawn at random; predictions.jsonl holds all. The
+clips are played from where they lay when this was written.</p>
+<form>
+  <label>Task <select id="task"></select></label>
+  <label>Group <select id="group"></select></label>
+  <label>Not right by <select id="wrong"></select></label>
+  <label>Find <input id="find" type="search" placeholder="words"></label>
+  <span id="count" class="small"></span>
+</form>
+<div id="clips"></div>
+<button id="more" type="button">More</button>
+<noscript>Without JavaScript only the scores above are shown.</noscript>
+<script id="content" type="application/json">@CONTENT@</script>
+<script>
+const { systems, clips } = JSON.parse(document.getElementById("content").textContent);
+const at = (id) => document.getElementById(id);
+const STEP = 25;
+let shown = STEP;
+
+function make(tag, text, parent, name) {
+  const node = document.createElement(tag);
+  if (text !== null) node.textContent = text;  // never as HTML
+  if (name) node.className = name;
+  parent.append(node);
+  return node;
+}
+function options(select, names) {
+  select.replaceChildren();
+  for (const [value, text] of [["", "any"], ...names]) {
+    const option = make("option", text, select);
+    option.value = value;
+  }
+}
+const same = (names) => [...new Set(names)].filter(Boolean).sort().map((name) => [name, name]);
+
+function chosen() {
+  const words = at("find").value.toLowerCase();
+  return clips.filter((clip) =>
+    (!at("task").value || clip.task === at("task").value) &&
+    (!at("group").value || clip.group === at("group").value) &&
+    (at("wrong").value === "" || !clip.said[at("wrong").value][2]) &&
+    (!words || JSON.stringify([clip.text, clip.references, clip.said])
+      .toLowerCase().includes(words)));
+}
+function show() {
+  const some = chosen();
+  at("count").textContent = `${some.length} clips`;
+  at("clips").replaceChildren();
+  at("more").hidden = some.length <= shown;
+  for (const clip of some.slice(0, shown)) {
+    const box = make("article", null, at("clips"));
+    make("div", [clip.task, clip.group, clip.id].filter(Boolean).join(" · "), box, "small");
+    const player = make("audio", null, box);
+    player.controls = true;
+    player.preload = "none";
+    player.src = clip.audio;
+    const table = make("table", null, box);
+    const row = (name, text, score) => {
+      const line = make("tr", null, table);
+      make("th", name, line);
+      make("td", text, line);
+      make("td", score, line, "score");
+    };
+    row("prompt", clip.prompt ?? "(none)", "");
+    row("transcript", clip.text || "(unknown)", "");
+    row("reference", clip.references.join(" | "), "");
+    clip.said.forEach(([answer, score], k) => row(systems[k], answer ?? "(no answer)", score));
+  }
+}
+function again() { shown = STEP; show(); }
+options(at("task"), same(clips.map((clip) => clip.task)));
+options(at("group"), same(clips.map((clip) => clip.group)));
+options(at("wrong"), systems.map((name, k) => [k, name]));
+at("task").onchange = () => {
+  const some = clips.filter((clip) => !at("task").value || clip.task === at("task").value);
+  options(at("group"), same(some.map((clip) => clip.group)));
+  again();
+};
+for (const id of ["group", "wrong"]) at(id).onchange = again;
+at("find").oninput = again;
+at("more").onclick = () => { shown += STEP; show(); };
+document.querySelector("form").onsubmit = (event) => event.preventDefault();
+show();
+</script>
+</html>
+"""
