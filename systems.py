@@ -249,12 +249,12 @@ def label_tokens(chat: llama.Chat, ask: Ask) -> list[list[int]]:
     tokens = [chat.encode(label)[: None if whole else 1] for label in ask.labels]
     for i, some in enumerate(tokens):
         if not some or some in tokens[:i]:
-            other = repr(ask.labels[tokens.index(some)]) if some else "nothing"
+            twin = f"the same as {ask.labels[tokens.index(some)]!r}" if some else "empty"
+            hint = "" if whole else ", or let tasks.json say: label_score whole_label"
             raise ValueError(
-                f"labels {', '.join(ask.labels)}: {ask.labels[i]!r} {'is' if whole else 'begins with'} the same "
-                f"{'tokens' if whole else 'token'} as {other}; expected labels that differ in what "
-                "is scored of them. Rename one"
-                + ("." if whole else ', or score whole labels ("label_score": "whole_label").')
+                f"labels {', '.join(ask.labels)}: {ask.labels[i]!r} is {twin} in its "
+                f"{'tokens' if whole else 'first token'}; expected labels that differ there, since "
+                f"only that is scored. Rename one{hint}."
             )
     return tokens
 
