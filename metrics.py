@@ -179,7 +179,7 @@ def label_counts(answer: str | None, example: Example, labels: Sequence[str] = (
     return (*map(float, (*(meant & said), *said, *meant)),)
 
 
-def weighted_f1(sums: Float[np.ndarray, "*R 3*K"]) -> Float[np.ndarray, "*R"]:
+def weighted_f1(sums: Float[np.ndarray, "*R C"]) -> Float[np.ndarray, "*R"]:
     """F1 of each label, weighted by how often it is right (scikit-learn's average="weighted")."""
     hits, said, meant = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
     each = 2 * hits / np.maximum(said + meant, 1e-12)
@@ -245,7 +245,7 @@ def chrf_counts(answer: str | None, example: Example, labels: Sequence[str] = ()
 
     said = count(answer or "")
     found = [against(reference) for reference in example.answers]
-    return (*map(float, max(found, key=lambda counts: float(chrf(np.array(counts, float))))),)
+    return (*map(float, found[chrf(np.array(found, float)).argmax()]),)
 
 
 def chrf(sums: Float[np.ndarray, "*R 18"]) -> Float[np.ndarray, "*R"]:

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it
 # ---------------------------------------------------------------------------------------- the files
 
 
-def in_bucket(path: epath.Path) -> bool:
+def in_bucket(path: Path | epath.Path) -> bool:
     """gs://... and the like, where there is no renaming and no appending."""
     return "://" in str(path)
 
@@ -59,7 +60,7 @@ def look_into(bucket: epath.Path) -> None:
         ) from error
 
 
-def write_text(file: epath.Path, text: str) -> None:
+def write_text(file: Path | epath.Path, text: str) -> None:
     """Whole or not at all: beside and then renamed; a bucket's objects are so by themselves."""
     if in_bucket(file):
         file.write_text(text, encoding="utf-8")

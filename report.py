@@ -188,7 +188,7 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     published = {name: values for name, values in published.items() if any(values)}
     names = [*found["systems"], *published]
     width, at = 0.8 / len(names), np.arange(len(places))
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.2 * len(places) + 3), 4.2), layout="tight")
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.2 * len(places) + 3), 4.2), layout="constrained")
     more = iter(MORE_COLOURS * 3)
     for k, name in enumerate(names):
         x = at - 0.4 + width * (k + 0.5)
@@ -212,8 +212,8 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     axes.set_title(f"{task}: 95 % intervals; * best of all but text, p < {ALPHA}", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, ncols=min(4, len(names)), loc="upper center",
-                bbox_to_anchor=(0.5, -0.15))  # fmt: skip
+    columns = 2 if published else 4
+    figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     for ending in ("png", "svg"):
         figure.savefig(file.with_name(f"{file.name}.{ending}"), dpi=120)
     plt.close(figure)

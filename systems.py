@@ -127,7 +127,7 @@ def label_scores(
     hidden, cache = llm.prefill(embeds, lengths, room=labels.shape[2] - 1)
     first = jnp.take_along_axis(jax.nn.log_softmax(llm.logits(hidden)), labels[:, :, 0], axis=1)
 
-    def later(label: Int[Array, "B W"]) -> Float[Array, "B W-1"]:
+    def later(label: Int[Array, "B W"]) -> Float[Array, "B later"]:
         def step(cache, at):
             hidden, cache = llm.step(label[:, at], lengths + at, cache)
             scores = jax.nn.log_softmax(llm.logits(hidden))

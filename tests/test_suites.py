@@ -4,6 +4,7 @@ Nothing here is a copy of a benchmark: the rows are made up, the layouts are not
 """
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -15,11 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 import suites
 from suites import Example
 
-WAV, FLAC, MP3, OGG = b"RIFF....WAVEfmt one", b"fLaC two", b"\xff\xfb\x90 three", b"OggS four"
+
+def voice(number: int, kind: str) -> bytes:
+    """A clip of the toy universe, in another format."""
+    clips = Path(suites.__file__).parent / "toy/common_voice/en/clips"
+    samples, rate = soundfile.read(clips / f"toy_en_test_{number:05d}.opus")
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format=kind)
+    return stream.getvalue()
+
+
+WAV, FLAC, MP3, OGG = (voice(n, kind) for n, kind in enumerate(("WAV", "FLAC", "MP3", "OGG")))
 
 
 def put(file: Path, content: str | bytes) -> Path:
@@ -375,7 +387,11 @@ def test_covost_joins_translations_with_common_voice(covost, caplog):
     examples = suites.read_covost(folder, common_voice=voice, languages=["de", "tr"])
     assert [e.group for e in examples] == ["de", "de", "tr", "tr"]
     assert examples[0] == Example(
-        "de/a.mp3", str(voice / "clips/a.mp3"), '"Wait, he said.', ("„Warte, sagte er.",), "de"
+        "de/a.mp3",
+        str(voice / "clips/a.mp3"),
+        '"Wait, he said.',
+        ("„Warte, sagte er.",),
+        *("de", "de"),
     )
     assert examples[1].text == 'She said "no".' and examples[1].answers == ('Sie sagte "nein".',)
     assert "left out 2 of 6: 2 not in validated.tsv" in caplog.text
@@ -854,6 +870,7 @@ def test_a_manifest_gives_one_example_a_line(tmp_path):
         ('{"audio": "a.wav", "answer": "a", "answers": ["a"]}', "answer and answers together"),
         ('{"audio": "a.wav", "answer": "a", "text": null}', "wrong or missing: text;"),
         ('{"audio": "a.wav", "answer": "a", "group": 1}', "wrong or missing: group;"),
+        ('{"audio": "a.wav", "answer": "a", "language": "xx"}', "wrong or missing: language;"),
     ],
 )
 def test_a_wrong_line_of_a_manifest_is_named(tmp_path, line, say):
@@ -902,16 +919,59 @@ def test_the_prompts_are_the_published_ones():
     assert len(suites.LANGUAGES) == 15 and {*suites.PAPER_LANGUAGES} < {*suites.LANGUAGES}
 
 
-def test_every_suite_has_a_metric_and_labels_where_it_chooses_among_them():
-    kinds = {name: (suite.metric, suite.labels) for name, suite in suites.SUITES.items()}
+def test_every_suite_has_metrics_and_labels_where_it_chooses_among_them():
+    kinds = {name: (suite.metrics, suite.labels) for name, suite in suites.SUITES.items()}
+    answers = ("pedant", "contains", "f1", "exact_match", "prompt_ignoring")
+    emotions, two = ("weighted_f1", "accuracy"), ("accuracy", "weighted_f1")
     seven = ("Anger", "Disgust", "Fear", "Joy", "Neutral", "Sadness", "Surprise")
     assert kinds == {
-        "heysquad": ("qa", ()),
-        "sd_qa": ("qa", ()),
-        "covost": ("translation", ()),
-        "meld": ("weighted_f1", seven),
-        "iemocap": ("weighted_f1", ("Anger", "Happiness", "Neutral", "Sadness")),
-        "mustard": ("accuracy", ("Yes", "No")),
-        "ur_funny": ("accuracy", ("Yes", "No")),
-        "manifest": (None, ()),
+        "heysquad": (answers, ()),
+        "sd_qa": (answers, ()),
+        "covost": (("bleu", "chrf", "wrong_script"), ()),
+        "meld": (emotions, seven),
+        "iemocap": (emotions, ("Anger", "Happiness", "Neutral", "Sadness")),
+        "mustard": (two, ("Yes", "No")),
+        "ur_funny": (two, ("Yes", "No")),
+        "manifest": ((), ()),
     }
+
+
+def test_what_was_published_is_of_these_suites_metrics_and_groups():
+    """Every figure has its place beside one of ours; the means are those of the charts."""
+    groups = {"sd_qa": suites.DIALECTS, "covost": suites.PAPER_LANGUAGES}
+    for name, parts in suites.PUBLISHED.items():
+        assert {*parts} <= {"", *groups.get(name, ())}, name
+        for metrics in parts.values():
+            assert {*metrics} <= {*suites.SUITES[name].metrics}, name
+            for scores in metrics.values():
+                assert [*scores] == [*suites.PUBLISHED_SYSTEMS]
+    for name, metric in (("sd_qa", "pedant"), ("covost", "bleu")):
+        parts = suites.PUBLISHED[name]
+        for system, mean in parts[""][metric].items():
+            bars = [parts[group][metric][system] for group in parts if group]
+            assert np.mean(bars) == pytest.approx(mean, abs=0.3), (name, system)
+
+
+def test_an_id_that_comes_again_gets_a_number(tmp_path):
+    line = json.dumps({"audio": "a.wav", "answer": "x", "id": "q"}) + "\n"
+    found = suites.read_manifest(put(tmp_path / "own.jsonl", 3 * line))
+    assert [example.id for example in found] == ["q", "q#2", "q#3"]
+
+
+def test_a_manifest_may_have_a_file_for_each_split(tmp_path):
+    for split in ("dev", "test"):
+        put(tmp_path / f"own/{split}.jsonl", json.dumps({"audio": "a.wav", "answer": split}) + "\n")
+    (example,) = suites.read_manifest(tmp_path / "own")
+    assert example.answers == ("test",)
+    (example,) = suites.read_manifest(tmp_path / "own", "dev")
+    assert example.answers == ("dev",)
+    read = partial(suites.read_manifest, tmp_path / "own", "train")
+    refused(FileNotFoundError, read, "own/train.jsonl", "Splits here: dev, test", "--split")
+
+
+def test_one_clip_of_two_manifests_has_one_name(tmp_path):
+    """However it is reached, so that it is decoded once."""
+    for folder in ("a", "b"):
+        put(tmp_path / f"{folder}/own.jsonl", '{"audio": "../c/x.wav", "answer": "x"}\n')
+    found = [suites.read_manifest(tmp_path / f"{folder}/own.jsonl")[0] for folder in ("a", "b")]
+    assert found[0].audio == found[1].audio == str(tmp_path / "c/x.wav")
