@@ -11,6 +11,7 @@ Reads: metrics.py, significance.py, suites.py, record.py.   Read next: eval.py.
 import csv
 import html
 import io
+import itertools
 import json
 import os
 import textwrap
@@ -186,32 +187,31 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
         for system in PUBLISHED_SYSTEMS
     }
     published = {name: values for name, values in published.items() if any(values)}
-    names = [*found["systems"], *published]
-    width, at = 0.8 / len(names), np.arange(len(places))
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.2 * len(places) + 3), 4.2), layout="constrained")
-    more = iter(MORE_COLOURS * 3)
-    for k, name in enumerate(names):
-        x = at - 0.4 + width * (k + 0.5)
-        if name in published:
-            values = [np.nan if value is None else value for value in published[name]]
-            look = {"color": "white", "edgecolor": next(more), "hatch": "////", "linewidth": 0.6}
-            axes.bar(x, values, width, label=f"{name} (published, read off a chart)", **look)
-            continue
-        entries = [place[name] for place in places.values()]
-        values = np.array([entry["score"] for entry in entries])
-        ends = np.array([[entry["low"] for entry in entries], [e["high"] for e in entries]])
-        reach = np.maximum(0, np.array([values - ends[0], ends[1] - values]))
-        colour = COLOURS.get(name) or next(more)
-        bars = {"color": colour, "yerr": reach, "error_kw": {"linewidth": 0.8, "ecolor": "black"}}
-        axes.bar(x, values, width, label=name, **bars)
+    bars = len(found["systems"]) + len(published)
+    width, at = 0.8 / bars, np.arange(len(places))
+    size = max(6.0, 1.2 * len(places) + 3), 4.2
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    left = iter(at - 0.4 + width * (k + 0.5) for k in range(bars))
+    more = itertools.cycle(MORE_COLOURS)
+    for name in found["systems"]:
+        entries, x = [place[name] for place in places.values()], next(left)
+        score, low, high = (np.array([e[key] for e in entries]) for key in ("score", "low", "high"))
+        reach = np.maximum(0, [score - low, high - score])
+        thin, colour = {"linewidth": 0.8}, COLOURS.get(name) or next(more)
+        axes.bar(x, score, width, label=name, color=colour, yerr=reach, error_kw=thin)
         for place, entry in zip(x, entries, strict=True):
             if entry.get("best"):
                 axes.annotate("*", (place, entry["high"]), ha="center", fontsize=12)
+    for name, values in published.items():
+        look = {"color": "white", "edgecolor": next(more), "hatch": "////", "linewidth": 0.6}
+        score = [np.nan if value is None else value for value in values]
+        axes.bar(next(left), score, width, label=f"{name} (published, read off a chart)", **look)
     axes.set_xticks(at, [textwrap.fill(place, 14) for place in places], fontsize=8)
     axes.set_ylabel(f"{metric}{_sign(metric) and ' (lower is better)'}")
     axes.set_title(f"{task}: 95 % intervals; * best of all but text, p < {ALPHA}", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     columns = 2 if published else 4
     figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     for ending in ("png", "svg"):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import eval as evaluation
+import systems
 
 ROOT = Path(__file__).parents[1]
 SEEDS = {"seed 0": "", "seed 1": "--seed 1", "seed 2": "--seed 2"}
@@ -20,13 +20,13 @@ ABLATIONS = {
     "response by gram": "--response-loss gram",
     "response by exact KL": "--response-loss kl",
 }
-COLUMNS = {  # name in eval.json: (heading, factor, decimals)
-    "spoken_qa": ("spoken QA %", 100, 1),
-    "translation": ("translation exact %", 100, 1),
-    "translation_bleu": ("BLEU", 1, 1),
-    "emotion": ("emotion %", 100, 1),
-    "repeat_wer": ("repeat WER %", 100, 1),
-    "prompt_ignoring": ("ignores prompt %", 100, 1),
+COLUMNS = {  # heading: (task, metric) in eval.json
+    "spoken QA %": ("spoken_qa", "exact_match"),
+    "translation exact %": ("translation", "exact_match"),
+    "BLEU": ("translation", "bleu"),
+    "emotion %": ("emotion", "accuracy"),
+    "repeat WER %": ("repeat", "wer"),
+    "ignores prompt %": ("spoken_qa", "prompt_ignoring"),
 }
 
 
@@ -43,19 +43,27 @@ def measure(flags: str) -> dict:
 
 
 def scores(folder: Path) -> dict:
-    """{"scores": {system: {metric: score}}} of folder/eval.json."""
-    tasks = json.loads((folder / "eval.json").read_text())["tasks"]
-    return {"scores": {s: {m: tasks[m][s]["score"] for m in COLUMNS} for s in evaluation.SYSTEMS}}
+    """{"scores": {system: {heading: score}}} of folder/eval.json."""
+    tasks = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    return {
+        "scores": {
+            system: {
+                heading: round(tasks[task]["metrics"][metric][system]["score"], 3)
+                for heading, (task, metric) in COLUMNS.items()
+            }
+            for system in systems.SYSTEMS
+        }
+    }
 
 
 def cells(runs: list[dict[str, float]]) -> str:
     """One score, or the mean of several with the lowest and the highest."""
     texts = []
-    for metric, (_, factor, decimals) in COLUMNS.items():
-        values = [factor * run[metric] for run in runs]
-        text = f"{sum(values) / len(values):.{decimals}f}"
+    for heading in COLUMNS:
+        values = [run[heading] for run in runs]
+        text = f"{sum(values) / len(values):.1f}"
         if len(values) > 1:
-            text += f" ({min(values):.{decimals}f}-{max(values):.{decimals}f})"
+            text += f" ({min(values):.1f}-{max(values):.1f})"
         texts.append(text)
     return " | ".join(texts)
 
@@ -63,7 +71,7 @@ def cells(runs: list[dict[str, float]]) -> str:
 def tables(measured: dict[str, dict]) -> str:
     """README's tables, in Markdown: the systems, then what each loss buys."""
     seeds = [measured[name]["scores"] for name in SEEDS]
-    head = " | ".join(heading for heading, _, _ in COLUMNS.values())
+    head = " | ".join(COLUMNS)
     head = f"| {{}} | {head} |\n|---|{'--:|' * len(COLUMNS)}"
     lines = [
         head.format("system"),
