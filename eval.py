@@ -419,7 +419,8 @@ def evaluate(
             lambda i, system, answer, note: kept.tell(system, items[i], answer, note),
         )
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
-    found: dict[str, Any] = {"model": str(model), "limit": limit, "systems": list(answers)}
+    found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
+    found["systems"] = list(answers)
     found["errors"] = {
         item.example.audio: line["error"]
         for item in items

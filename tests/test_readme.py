@@ -1,5 +1,7 @@
 """README says what is so: commands print what is shown, numbers are those that were measured."""
 
+import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -8,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 import eval as evaluation
+import suites
+import systems
 import train
 from benchmarks import slices, toy
 
@@ -63,17 +68,18 @@ def test_the_longer_run_is_the_shipped_student():
     measured = json.loads((ROOT / "benchmarks" / "toy.json").read_text())
     report = json.loads((ROOT / "toy" / "diva" / "eval.json").read_text())
     assert measured["longer"] == toy.scores(ROOT / "toy" / "diva")
-    assert (report["split"], report["limit"], report["errors"]) == ("test", 0, {})
+    assert (report["split"], report["limit"], report["errors"]) == (None, 0, {})
+    assert [part["n"] for part in report["tasks"].values()] == [891, 460, 409, 440]
 
 
 def test_the_shown_table_is_that_of_the_default_command():
     """The table below the first command has the scores measured with seed 0."""
     scores = json.loads((ROOT / "benchmarks" / "toy.json").read_text())["seed 0"]["scores"]
-    for metric in toy.COLUMNS:
-        line = re.search(rf"^{metric} .*$", README, re.MULTILINE).group()
-        numbers = [float(x) for x in re.findall(r"(?<=\s)\d+\.\d(?=[* ])", line)]
-        factor = 1 if metric == "translation_bleu" else 100
-        expected = [factor * scores[system][metric] for system in evaluation.SYSTEMS]
+    for heading, (task, metric) in toy.COLUMNS.items():
+        block = README[README.index(f"\n{task} (") :]
+        line = re.search(rf"^ {metric}( -)? .*$", block, re.MULTILINE).group()
+        numbers = [float(x) for x in re.findall(r"(?<=\s)\d+\.\d(?=[*! ])", line)]
+        expected = [scores[system][heading] for system in systems.SYSTEMS]
         assert numbers == pytest.approx(expected, abs=0.051)
 
 
@@ -84,6 +90,32 @@ def test_the_training_commands_are_understood():
     assert any("--preset diva-8b" in command for command in commands)
     for command in commands - {" --help"}:
         train.parse(shlex.split(command, comments=True))
+
+
+def test_the_evaluation_commands_are_understood(monkeypatch):
+    """Every `python eval.py` command of README parses, and names suites that there are."""
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: None)
+    commands = re.findall(r"python eval\.py([^`\n]*)", README)
+    assert len(commands) > 3
+    for command in commands:
+        words = shlex.split(command)
+        tyro.cli(evaluation.main, args=words)
+        names = {word.partition("=")[0] for word in words if "=" in word}
+        assert names <= {"SALMONN", *suites.SUITES}
+
+
+def test_the_shown_tasks_are_understood(monkeypatch, tmp_path):
+    """Keys, labels and metrics of README's tasks.json; the sets themselves are not there."""
+    (text,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "tasks.json").write_text(text)
+    for name, suite in list(suites.SUITES.items()):
+
+        @functools.wraps(suite.read)
+        def read(path, answer=suite.labels or ("Yes",), **options):
+            return [suites.Example("0", "a.wav", "", answer[:1], "", "de")]
+
+        monkeypatch.setitem(suites.SUITES, name, dataclasses.replace(suite, read=read))
+    assert list(evaluation.read_tasks([tmp_path])) == ["covost", "iemocap", "stress"]
 
 
 def test_every_file_that_is_linked_is_there():
