@@ -15,6 +15,8 @@ import soundfile
 import data
 import eval as evaluation
 import llama
+import metrics
+import systems
 import whisper
 
 TOY = Path(__file__).parents[1] / "toy"
@@ -85,19 +87,32 @@ def test_every_clip_is_sixteen_kilohertz_mono_and_fits_the_window(rows):
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_tasks_ask_of_each_clip_what_its_sentence_is_for(rows, split):
-    """tasks/SPLIT.jsonl has one line a clip, with the reference of world.py."""
+    """Each clip once in the task of its sentence, with the reference of world.py; a random quarter
+    of them is also to be repeated."""
     references = {s.text: (s.task, s.answer) for s in world.sentences()}
-    lines = [json.loads(x) for x in (TOY / "tasks" / f"{split}.jsonl").read_text().splitlines()]
-    assert len(lines) == len(rows[split])
-    for line, row in zip(lines, rows[split], strict=True):
-        assert (TOY / "tasks" / line["audio"]).resolve() == CORPUS / "clips" / row["path"]
-        assert (line["text"], line["accent"]) == (row["sentence"], row["accents"])
-        assert (line["task"], line["answer"]) == references[row["sentence"]]
+    of_clip = {str(CORPUS / "clips" / row["path"]): row for row in rows[split]}
+    seen = Counter()
+    for name, task in evaluation.read_tasks([TOY / "tasks"], split).items():
+        for example in task.examples:
+            row = of_clip[example.audio]
+            assert example.text == row["sentence"]
+            if name == "repeat":
+                assert example.answers == (example.text,)
+                continue
+            assert (name, *example.answers) == references[example.text]
+            assert example.group == (row["accents"] if name == "spoken_qa" else "")
+            seen[example.audio] += 1
+    assert seen == Counter(of_clip.keys())
+    repeated = [e.audio for e in evaluation.read_tasks([TOY / "tasks"], split)["repeat"].examples]
+    assert len({*repeated}) == len(repeated) == -(-len(of_clip) // 4)
+    assert len({of_clip[clip]["accents"] for clip in repeated}) == len(make.ACCENTS)
 
 
 def test_the_universe_is_small():
     """All of it, as it lies in the repository: at most 25 MB."""
-    assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) <= 25e6
+    written = {"charts", "cases.tsv", "predictions.jsonl", "report.html"}  # by an evaluation
+    files = [f for f in TOY.rglob("*") if f.is_file() and not written & {f.name, f.parent.name}]
+    assert 15e6 < sum(file.stat().st_size for file in files) <= 25e6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,12 +121,12 @@ def test_the_universe_is_small():
 
 def test_the_shipped_llama_knows_its_universe():
     """At least 98 % of the dev split's questions, sentences, emotions and repetitions in text."""
-    tasks = evaluation.read_tasks(TOY / "tasks")
-    items = evaluation.read_items(TOY / "tasks", "dev", tasks)
+    tasks = evaluation.read_tasks([TOY / "tasks"], "dev").values()
     chat, llm = llama.Chat.load(TOY / "llama"), llama.Llama.load(TOY / "llama")
-    asked = sorted({(item.task, item.text) for item in items})
-    said = evaluation.Responder(llm, chat, tasks, 64).texts(asked, lambda _: None)
-    right = [said[i.task, i.text].lower() == i.answer.lower() for i in items]
+    wanted = {(t.ask(e), e.text): e.answers[0] for t in tasks for e in t.examples}
+    responder = systems.Responder(llm, chat, {ask for ask, _ in wanted}, 64)
+    said = {pair: text for batch in responder.texts([*wanted]) for pair, text in batch.items()}
+    right = [said[pair].lower() == answer.lower() for pair, answer in wanted.items()]
     assert np.mean(right) >= 0.98
 
 
@@ -121,7 +136,7 @@ def test_the_shipped_whisper_transcribes(rows):
     some = rows["dev"][:128]
     clips = [data.load_audio(CORPUS / "clips" / row["path"]) for row in some]
     heard = asr(jnp.asarray(data.pad(clips, asr.model.config.window_samples)))
-    errors = sum(evaluation.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
+    errors = sum(metrics.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
     assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.05
 
 
@@ -132,8 +147,9 @@ def test_the_shipped_student_understands_speech(tmp_path):
         config[key] = str((TOY / "diva" / config[key]).resolve())
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(TOY / "diva/model.safetensors")
-    tasks = evaluation.evaluate(tmp_path, TOY / "tasks", split="dev", limit=64)["tasks"]
-    assert tasks["spoken_qa"]["diva"]["score"] >= 0.75
-    assert tasks["emotion"]["diva"]["score"] >= 0.90
-    assert tasks["translation"]["diva"]["score"] >= 0.6 * tasks["translation"]["text"]["score"]
-    assert tasks["spoken_qa"]["untrained"]["score"] < 0.15
+    found = evaluation.evaluate(tmp_path, [TOY / "tasks"], split="dev", limit=64)["tasks"]
+    questions = found["spoken_qa"]["metrics"]["exact_match"]
+    assert questions["diva"]["score"] >= 75 and questions["untrained"]["score"] < 15
+    assert found["emotion"]["metrics"]["accuracy"]["diva"]["score"] >= 90
+    translations = found["translation"]["metrics"]["exact_match"]
+    assert translations["diva"]["score"] >= 0.6 * translations["text"]["score"]
