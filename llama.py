@@ -17,7 +17,7 @@ import datetime
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -350,17 +350,26 @@ class Chat:
 
     def wrap(self, system: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids before and after the user's words, with BOS once and the assistant's header."""
+        before, after = self.around(system)
+        return before, after
+
+    def around(self, system: str | None = None, answers: Sequence[str] = ()) -> list[list[int]]:
+        """Token ids around the user's words in a conversation: before the first, between each two,
+        after the last. `answers` are what the assistant said to all but the last."""
         turns = [{"role": "system", "content": system}] if system is not None else []
-        text = self.render(messages=[*turns, {"role": "user", "content": PLACEHOLDER}])
-        if text.count(PLACEHOLDER) != 1 or (system is not None and system.strip() not in text):
+        user = {"role": "user", "content": PLACEHOLDER}
+        for answer in answers:
+            turns += [user, {"role": "assistant", "content": answer}]
+        text = self.render(messages=[*turns, user])
+        parts = text.split(PLACEHOLDER)
+        if len(parts) != len(answers) + 2 or (system is not None and system.strip() not in text):
+            kept = "system and user turns" if turns else "user turn"
             raise ValueError(
-                f"{self.folder}: the chat template does not keep the "
-                f"{'system and user turns' if turns else 'user turn'} as given; expected a "
+                f"{self.folder}: the chat template does not keep the {kept} as given; expected a "
                 "template that writes each once. Use an instruct model with such turns, or no "
                 "instruction."
             )
-        before, after = text.split(PLACEHOLDER)
-        return self.encode(before), self.encode(after)
+        return [self.encode(part) for part in parts]
 
 
 PLACEHOLDER = "<<<speech>>>"
@@ -463,6 +472,7 @@ def generate(
 def stream(
     llm: Llama,
     embeds: Float[Array, "1 L E"],
+    lengths: Int[Array, "1"],
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
@@ -472,12 +482,9 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of `generate` for one row, each as soon as it is known, up to a stop token."""
     key = jax.random.key(0) if key is None else key
-    length = jnp.asarray([embeds.shape[1]])
-    hidden, cache = _prefill(llm, embeds, length, max_new_tokens)
+    hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
     for step in range(max_new_tokens):
-        fold = jax.random.fold_in(key, step)
-        ids = _choose(llm, hidden, temperature, top_p, fold)
-        hidden, cache = _step(llm, ids, length + step, cache)  # dispatched before ids is read
+        ids, hidden, cache = _next(llm, hidden, cache, lengths, step, key, temperature, top_p)
         token = int(ids[0])
         if token in stop_ids:
             return
@@ -485,13 +492,20 @@ def stream(
 
 
 _prefill = jax.jit(Llama.prefill, static_argnames="room")
-_step = jax.jit(Llama.step, donate_argnames="cache")
-_choose = jax.jit(
-    lambda llm, hidden, temperature, top_p, key: choose(
-        llm.logits(hidden), temperature, top_p, key
-    ),
-    static_argnames=("temperature", "top_p"),
+
+
+@functools.partial(
+    jax.jit, static_argnames=("temperature", "top_p"), donate_argnames=("hidden", "cache")
 )
+def _next(llm, hidden, cache, lengths, step, key, temperature, top_p):
+    """Choose a token and go one step on: a single call, so that the device need not wait."""
+    ids = choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+    return ids, *llm.step(ids, lengths + step, cache)
+
+
+def padded(length: int) -> int:
+    """How many positions a prompt is given: a power of two, so that few lengths are compiled."""
+    return max(64, 1 << (length - 1).bit_length())
 
 
 def text_pieces(chat: "Chat", tokens: Iterator[int]) -> Iterator[str]:
@@ -523,8 +537,10 @@ def answer(
             f"{most - max_new_tokens} ({most} positions less {max_new_tokens} for the answer). "
             "Ask something shorter."
         )
-    embeds = llm.embed(jnp.asarray([ids]))
-    tokens = stream(llm, embeds, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
+    row = np.zeros((1, padded(len(ids))), np.int32)
+    row[0, : len(ids)] = ids
+    embeds, lengths = llm.embed(jnp.asarray(row)), jnp.asarray([len(ids)])
+    tokens = stream(llm, embeds, lengths, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
     return text_pieces(chat, tokens)
 
 

@@ -92,7 +92,9 @@ def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
     stopped = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=stop_ids)
     np.testing.assert_array_equal(stopped[0, :3], free[0, :3])
     assert (stopped[0, 3:] == 0).all()
-    streamed = llama.stream(model, model.embed(ids[:1]), max_new_tokens=8, stop_ids=stop_ids)
+    streamed = llama.stream(
+        model, model.embed(ids[:1]), lengths[:1], max_new_tokens=8, stop_ids=stop_ids
+    )
     assert list(streamed) == free[0, :3].tolist()
 
 
@@ -100,8 +102,31 @@ def test_streaming_gives_the_tokens_of_generate(model, prompts):
     ids, lengths = prompts
     embeds = model.embed(ids[:1])
     whole = llama.generate(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,))[0]
-    pieces = list(llama.stream(model, embeds, max_new_tokens=6, stop_ids=(70,)))
+    pieces = list(llama.stream(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,)))
     assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 1
+
+
+def test_streaming_samples_as_generate_does(model, prompts):
+    """The same key gives the same tokens, whichever way they are made."""
+    ids, lengths = prompts
+    sampling = {"temperature": 1.0, "top_p": 0.9, "key": jax.random.key(3)}
+    options = {"max_new_tokens": 6, "stop_ids": (70,)} | sampling
+    whole = llama.generate(model, model.embed(ids[:1]), lengths[:1], **options)[0]
+    pieces = list(llama.stream(model, model.embed(ids[:1]), lengths[:1], **options))
+    assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 3
+
+
+def test_prompts_of_many_lengths_are_compiled_for_few(model):
+    assert [llama.padded(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
+        *(64, 64, 128, 128, 256, 512, 1024)
+    ]
+    before = llama._prefill._cache_size(), llama._next._cache_size()
+    for length in (1, 9, 30):
+        embeds = model.embed(jnp.ones((1, llama.padded(length)), int))
+        lengths = jnp.asarray([length])
+        list(llama.stream(model, embeds, lengths, max_new_tokens=3, stop_ids=(70,)))
+    after = llama._prefill._cache_size(), llama._next._cache_size()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
 def test_sampling_follows_the_softmax_and_the_nucleus():
@@ -186,6 +211,21 @@ def test_an_instruction_stands_in_the_system_turn_before_the_user(tmp_path):
     assert chat.decode(prefix[5:]).startswith("Be brief.")
     assert prefix[-5:] == [128009, 128006, 882, 128007, 271]
     assert suffix == chat.wrap()[1] and prefix.count(128000) == 1
+
+
+def test_a_conversation_keeps_what_was_said_between_the_users_turns(tmp_path):
+    """BOS once, each header once a turn; one part more than there are users' turns."""
+    chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
+    parts = chat.around("Be brief.", ["yes", "no"])
+    assert len(parts) == 4
+    assert (parts[0], parts[-1]) == chat.wrap("Be brief.")
+    header = [128009, 128006, 882, 128007, 271]
+    for part, answer in zip(parts[1:3], ("yes", "no"), strict=True):
+        assert part[:5] == chat.wrap()[1] and part[-5:] == header
+        assert chat.decode(part[5:-5]) == answer
+    assert sum(part.count(128000) for part in parts) == 1
+    with pytest.raises(ValueError, match="does not keep"):
+        chat.around(None, [llama.PLACEHOLDER])
 
 
 def test_a_template_with_a_date_and_a_default_system_turn_works(tmp_path):
