@@ -34,6 +34,8 @@ from jaxtyping import Float, Float32, Int32
 from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000
+RATES = 1_000, 768_000  # samples a second that are believed
+BLOCK = 1 << 22  # samples that are decoded at a time, all channels together
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
 HEADERS_AT_ONCE = 32  # files whose lengths are asked for at a time: a bucket answers each slowly
 AHEAD = 4  # batches that are prepared before they are asked for
@@ -166,24 +168,41 @@ def _read_manifest(file: Path) -> list[Clip]:
 # Audio
 
 
-def load_audio(path: str | Path) -> Float32[np.ndarray, "S"]:
+def load_audio(path: str | Path, longest: float = math.inf) -> Float32[np.ndarray, "S"]:
     """Decode a file to 16 kHz mono in [-1, 1]; any rate and channel count.
 
-    Raises FileNotFoundError, or ValueError for what is unreadable, empty or not finite.
+    Raises FileNotFoundError, or ValueError for what is unreadable, empty, not finite, or longer
+    than `longest` seconds; of such a file no more is decoded, whatever its header says.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; expected an audio file. Check the path.")
+    parts, total = [], 0
     try:
-        samples, rate = sf.read(path, dtype="float32", always_2d=True)
-    except (sf.SoundFileError, RuntimeError) as error:
+        with sf.SoundFile(path) as file:
+            rate, most = file.samplerate, max(1, BLOCK // file.channels)
+            while len(block := file.read(most, dtype="float32", always_2d=True)):
+                parts.append(block.mean(axis=1))
+                total += len(block)
+                if total > longest * rate:
+                    break
+    except (sf.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: raw samples
         reason = str(error).strip().rstrip(".")
         raise ValueError(
             f"{path}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
             "Convert or remove the file."
         ) from error
-    samples = samples.mean(axis=1)
-    if not len(samples):
+    if total > longest * rate:
+        raise ValueError(
+            f"{path}: longer than the model's window of {longest:g} s; expected at most that. "
+            "Split it at a pause."
+        )
+    if not RATES[0] <= rate <= RATES[1]:  # a header may say anything, and resampling would try
+        raise ValueError(
+            f"{path}: {rate} samples a second; expected {RATES[0]} to {RATES[1]}. Convert the file."
+        )
+    if not total:
         raise ValueError(f"{path}: no samples; expected audio. Record it again or remove it.")
+    samples = np.concatenate(parts)
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
     if rate != SAMPLE_RATE:
@@ -208,7 +227,7 @@ def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:
 
 def load_window(path: str | Path, window: int) -> Float32[np.ndarray, "1 S"]:
     """A file as one row, padded to the window. Raises as `load_audio` and `pad` do, by name."""
-    samples = load_audio(path)
+    samples = load_audio(path, longest=window / SAMPLE_RATE)
     try:
         return pad([samples], window)
     except ValueError as error:

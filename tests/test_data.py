@@ -416,7 +416,41 @@ def test_a_file_is_padded_to_the_window_or_refused_by_name(tmp_path):
     refused(
         ValueError,
         partial(data.load_window, file, RATE),
-        f"{file}: a clip has 1.50 s; expected at most the model's window of 1 s. Split it at a",
+        f"{file}: longer than the model's window of 1 s; expected at most that. Split it at a",
+    )
+
+
+@pytest.mark.parametrize("seconds", [1.0, 1.0 + 1 / 44100])
+def test_the_window_is_exact_at_any_rate(tmp_path, seconds):
+    """One second at 44.1 kHz fits a window of one second; one sample more does not."""
+    samples = tone(440, 2.0, rate=44100)[: round(seconds * 44100)]
+    file = write_audio(tmp_path / "a.wav", samples, rate=44100)
+    if seconds == 1.0:
+        assert data.load_window(file, RATE).shape == (1, RATE)
+    else:
+        refused(ValueError, partial(data.load_window, file, RATE), "longer than the model's window")
+
+
+def test_of_a_long_file_no_more_than_the_window_is_decoded(tmp_path, monkeypatch):
+    file, decoded = write_audio(tmp_path / "a.wav", tone(440, 4.0)), []
+    monkeypatch.setattr(data, "BLOCK", RATE // 2)
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *a, **k: decoded.append(read(*a, **k)) or decoded[-1]
+    )
+    refused(ValueError, partial(data.load_audio, file, 1.0), file, "longer than")
+    assert sum(map(len, decoded)) == 3 * RATE // 2
+    decoded.clear()
+    np.testing.assert_allclose(data.load_audio(file), tone(440, 4.0), atol=1e-4)
+    assert len(decoded) == 9, "block by block, and an empty one at the end"
+
+
+@pytest.mark.parametrize("rate", [1, 999, 800_000, 2**31 - 1])
+def test_a_rate_that_nobody_records_at_is_refused_before_it_is_resampled(tmp_path, rate):
+    """A header may ask for a filter of a billion taps."""
+    file = write_audio(tmp_path / "a.wav", tone(440, 0.1), rate=rate)
+    refused(
+        ValueError, partial(data.load_audio, file), f"{file}: {rate} samples a second", "768000"
     )
 
 
