@@ -1,0 +1,428 @@
+"""Demo: talk to a DiVA, in the terminal or on a page with a microphone.
+
+    python demo.py clip.mp3                          the answer, as it is generated
+    python demo.py clip.mp3 "Answer in German."      under an instruction
+    python demo.py first.wav second.wav              two turns of one conversation
+    python demo.py --serve                           a page at http://127.0.0.1:7860
+
+    audio -> virtual tokens -> [template; virtual tokens; template] -> prefill -> token after token
+
+Nothing is transcribed on the way: the first token of the answer comes after one pass of each part.
+Prompts are padded to a power of two, so that few lengths are ever compiled, and what was compiled
+is kept on disk for the next start.
+
+Axes: S audio samples, Q virtual tokens, E the LLM's width, L positions of the prompt.
+Reads: connector.py, llama.py, data.py, weights.py.   Read next: eval.py.
+"""
+
+import dataclasses
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soundfile
+import tyro
+from jaxtyping import Array, Float, Int
+
+import connector
+import data
+import llama
+import weights
+
+TOY = Path(__file__).parent / "toy"
+PIECES = 10  # a long recording may be so many windows
+FRAME = data.SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
+SHOWN = 24  # virtual tokens that are shown as words
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest, or drawn."""
+
+    temperature: float = 0.0  # 0: the likeliest
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What was said and answered: the virtual tokens [Q, E] of a recording, and the answer."""
+
+    virtual: np.ndarray
+    answer: str
+
+
+@dataclasses.dataclass
+class Reply:
+    """An answer so far."""
+
+    heard: str  # the text tokens nearest to the virtual tokens
+    text: str = ""
+    first: float = 0.0  # seconds from the recording to the first token
+    rate: float = 0.0  # tokens a second after it
+    turn: Turn | None = None  # when the answer is whole
+
+    def times(self) -> str:
+        after = f", then {self.rate:.0f} tokens/s" if self.rate else ""
+        return f"first token after {self.first:.2f} s{after}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The assistant
+
+
+@eqx.filter_jit
+def _embed(llm: llama.Llama, ids: Int[Array, "1 L"]) -> Float[Array, "1 L E"]:
+    return llm.embed(ids)
+
+
+@functools.partial(jax.jit, donate_argnames="embeds")
+def _put(
+    embeds: Float[Array, "1 L E"], virtual: Float[Array, "Q E"], start: int
+) -> Float[Array, "1 L E"]:
+    return jax.lax.dynamic_update_slice(embeds, virtual[None].astype(embeds.dtype), (0, start, 0))
+
+
+_virtual_tokens = eqx.filter_jit(connector.DiVA.virtual_tokens)
+_nearest_tokens = jax.jit(connector.nearest_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assistant:
+    """A DiVA and its LLM's chat."""
+
+    diva: connector.DiVA
+    chat: llama.Chat
+    toy: bool  # does it know no more than the toy universe?
+
+    @staticmethod
+    def load(model: str | Path) -> "Assistant":
+        """float32 on a CPU, bfloat16 elsewhere. Raises ValueError or FileNotFoundError."""
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        _, llm_path = connector.references(model)
+        toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
+        return Assistant(connector.DiVA.load(model, dtype), llama.Chat.load(llm_path), toy)
+
+    @property
+    def window(self) -> float:
+        """Seconds that are heard at once."""
+        return self.diva.window_samples / data.SAMPLE_RATE
+
+    def listen(
+        self, clip: str | Path, long: bool = False, live: bool = False
+    ) -> Float[np.ndarray, "Q E"]:
+        """Virtual tokens of a recording. One that is longer than the window, silence at its ends
+        aside, is refused, or, if `long`, split at its quietest moments, the parts one behind the
+        other. Of a `live` one the ends are cut in any case: one clicks before one speaks.
+
+        Raises ValueError or FileNotFoundError that names the file.
+        """
+        window = self.diva.window_samples
+        samples = data.load_audio(clip, PIECES * self.window)
+        samples = trim(samples) if live or len(samples) > window else samples
+        if len(samples) > window and not long:
+            raise ValueError(
+                f"{clip}: {len(samples) / data.SAMPLE_RATE:.1f} s of speech; expected at most the "
+                f"model's window of {self.window:g} s. Say less, or split it with --long."
+            )
+        rows = [jnp.asarray(data.pad([part], window)) for part in split(samples, window)]
+        return np.concatenate([np.asarray(_virtual_tokens(self.diva, row)[0]) for row in rows])
+
+    def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
+        """The text tokens nearest to the last virtual tokens: those stand for the words."""
+        table = self.diva.llm.model.embed_tokens.weight
+        ids = np.asarray(_nearest_tokens(jnp.asarray(virtual)[None], table))[0, -SHOWN:]
+        return " ".join(self.chat.decode(ids).split())
+
+    def prompt(
+        self, turns: Sequence[Turn], virtual: Float[np.ndarray, "Q E"], instruction: str | None
+    ) -> tuple[Float[Array, "1 L E"], int]:
+        """Embeddings of the conversation up to the assistant's next word, and how many they are."""
+        around = self.chat.around(instruction, [turn.answer for turn in turns])
+        ids, starts, said = [*around[0]], [], [*(turn.virtual for turn in turns), virtual]
+        for tokens, after in zip(said, around[1:], strict=True):
+            starts.append(len(ids))
+            ids += [0] * len(tokens) + after
+        row = np.zeros((1, llama.padded(len(ids))), np.int32)
+        row[0, : len(ids)] = ids
+        embeds = _embed(self.diva.llm, jnp.asarray(row))
+        for tokens, start in zip(said, starts, strict=True):
+            embeds = _put(embeds, jnp.asarray(tokens), start)
+        return embeds, len(ids)
+
+    def answer(
+        self,
+        clip: str | Path,
+        turns: Sequence[Turn] = (),
+        instruction: str | None = None,
+        sampling: Sampling = Sampling(),
+        long: bool = False,
+        live: bool = False,
+    ) -> Iterator[Reply]:
+        """The reply to a recording, again and again while it grows; the last one has its turn.
+
+        `turns` are those of the conversation before it. Raises ValueError or FileNotFoundError.
+        """
+        began = time.perf_counter()
+        turns = () if self.toy else turns  # its LLM has never seen a second turn
+        virtual = self.listen(clip, long, live)
+        embeds, length = self.prompt(turns, virtual, instruction)
+        most = self.diva.llm.config.max_position_embeddings
+        if length + sampling.max_new_tokens > most:
+            raise ValueError(
+                f"the conversation has {length} positions; expected at most "
+                f"{most - sampling.max_new_tokens} ({most} less {sampling.max_new_tokens} for the "
+                "answer). Start a new one."
+            )
+        tokens = llama.stream(
+            self.diva.llm,
+            embeds,
+            jnp.asarray([length]),
+            max_new_tokens=sampling.max_new_tokens,
+            stop_ids=self.chat.stop_ids,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            key=jax.random.fold_in(jax.random.key(sampling.seed), len(turns)),
+        )
+        reply, count = Reply(""), 0
+
+        def counted() -> Iterator[int]:
+            nonlocal count
+            for token in tokens:
+                count += 1
+                yield token
+
+        for piece in llama.text_pieces(self.chat, counted()):
+            now = time.perf_counter()
+            if not reply.first:
+                reply.first = now - began
+                reply.heard = self.heard(virtual)  # while the device is at the next token
+            elif count > 1:
+                reply.rate = (count - 1) / (now - began - reply.first)
+            reply.text += piece
+            yield reply
+        reply.turn = Turn(virtual, reply.text.strip())
+        yield reply
+
+    def warm_up(self, sampling: Sampling) -> None:
+        """Compile what the first answer needs."""
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            soundfile.write(file.name, np.zeros(FRAME), data.SAMPLE_RATE)
+            next(self.answer(file.name, sampling=sampling))
+
+
+def loudness(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "frames"]:
+    """Mean square of each 20 ms."""
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    return np.square(frames).mean(1)
+
+
+def trim(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "part"]:
+    """Without what is 34 dB quieter than the loudest moment, at both ends."""
+    loud = loudness(samples)
+    spoken = np.flatnonzero(loud > 4e-4 * loud.max(initial=0))
+    if not len(spoken):
+        return samples
+    return samples[FRAME * spoken[0] : FRAME * (spoken[-1] + 2)]
+
+
+def split(samples: Float[np.ndarray, "S"], window: int) -> list[Float[np.ndarray, "part"]]:
+    """Parts of at most `window` samples, cut at the quietest moment of a window's second half."""
+    parts = []
+    while len(samples) > window:
+        quietest = int(loudness(samples[window // 2 : window]).argmin())
+        cut = window // 2 + FRAME * quietest + FRAME // 2
+        parts.append(samples[:cut])
+        samples = samples[cut:]
+    return [*parts, samples]
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+SENTENCES = (
+    "what is the opposite of hot",
+    "what is two plus five",
+    "what is the capital of france",
+    "yuck what a phone",
+)
+
+
+def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
+    """A Gradio page: a recording, perhaps an instruction, and the conversation.
+
+    Needs the extra `demo`. Nothing is fetched from elsewhere.
+    """
+    try:
+        import gradio as gr
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the page needs gradio, which is not installed. Run pip install '.[demo]'"
+        ) from error
+
+    def respond(clip, instruction, messages, turns):
+        """The page's new state, again and again while the answer grows."""
+        if clip is None:
+            return
+        messages = [*messages, {"role": "user", "content": "..."}]
+        messages.append({"role": "assistant", "content": ""})
+        try:
+            instruction = instruction.strip() or None
+            for reply in assistant.answer(clip, turns, instruction, sampling, long, live=True):
+                messages[-2] = {"role": "user", "content": f"(speech) {reply.heard}"}
+                messages[-1] = {"role": "assistant", "content": reply.text}
+                yield messages, turns, reply.times(), None
+        except (ValueError, OSError) as error:
+            # the file's place on this machine is nobody's business
+            raise gr.Error(str(error).replace(str(clip), Path(clip).name)) from None
+        yield messages, [*turns, reply.turn], reply.times(), None
+
+    note = f"Speak for at most {assistant.window:g} s"
+    note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
+    if assistant.toy:
+        note = (
+            "**This is the toy model**: it knows some 200 words, says nothing sensible about "
+            f"anything else, and takes each sentence for itself. {note} Try: "
+            + "; ".join(f"*{text}*" for text in SENTENCES)
+        )
+    with gr.Blocks(title="DiVA", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# DiVA\n{note}")
+        turns = gr.State([], time_to_live=3600)
+        conversation = gr.Chatbot(label="Conversation", render_markdown=False, buttons=[])
+        times = gr.Markdown()
+        clip = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Say something")
+        instruction = gr.Textbox(label="Instruction (may stay empty)", max_length=2000)
+        again = gr.Button("New conversation")
+        gr.on(
+            [clip.stop_recording, clip.upload],
+            respond,
+            [clip, instruction, conversation, turns],
+            [conversation, turns, times, clip],
+            api_visibility="private",
+        )
+        again.click(
+            lambda: ([], [], "", None), None, [conversation, turns, times, clip],
+            api_visibility="private",
+        )  # fmt: skip
+    # one answer at a time on the device; who finds sixteen waiting is told to come back
+    return blocks.queue(max_size=16, default_concurrency_limit=1)
+
+
+# Browsers treat a microphone as a telephone and distort it; a recogniser wants it as it is.
+AS_IT_IS = """<script>
+const devices = navigator.mediaDevices, ask = devices?.getUserMedia.bind(devices);
+if (ask) devices.getUserMedia = ({ audio, ...rest }) => ask({ ...rest, audio: audio && {
+  ...audio, echoCancellation: false, noiseSuppression: false, autoGainControl: false } });
+</script>"""
+
+
+def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
+    """Open the page; returns its address. Uploads are limited in size, and no file of this machine
+    can be read through it but those that were uploaded."""
+    import gradio as gr
+
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        max_file_size="20mb",
+        allowed_paths=[],
+        footer_links=[],
+        head=AS_IT_IS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        prevent_thread_lock=not wait,
+        quiet=not wait,
+    )
+    return address
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "diva", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def clips_and_instruction(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The last word is an instruction if it is no file and does not look like the name of one."""
+    if len(words) > 1 and not Path(words[-1]).exists() and " " in words[-1]:
+        return list(words[:-1]), words[-1]
+    return list(words), None
+
+
+def main(
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (
+        str(TOY / "common_voice/en/clips/toy_en_test_00000.opus"),
+    ),
+    model: str = "toy/diva",
+    sample: bool = False,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    long: bool = False,
+    serve_page: Annotated[bool, tyro.conf.arg(name="serve")] = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> None:
+    """Talk to a DiVA.
+
+    Args:
+        words: recordings, each a turn of one conversation; behind them perhaps an instruction.
+        model: folder or repo id of a trained DiVA, ours or a published one.
+        sample: draw tokens instead of taking the likeliest.
+        temperature: of drawing; lower is closer to the likeliest.
+        top_p: draw from the likeliest tokens that have this probability together.
+        seed: of drawing.
+        max_new_tokens: an answer stops here at the latest.
+        long: split recordings that are longer than the window, at their quietest moments.
+        serve_page: open a page with a microphone instead.
+        host: where the page is to be seen; 0.0.0.0 for all who can reach this machine.
+        port: its port.
+    """
+    if sample and not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top-p {top_p}; expected a temperature above 0 and a top-p "
+            "above 0, at most 1."
+        )
+    keep_compiled()
+    sampling = Sampling(temperature, top_p) if sample else Sampling()
+    sampling = dataclasses.replace(sampling, seed=seed, max_new_tokens=max_new_tokens)
+    if serve_page:
+        assistant = Assistant.load(model)
+        blocks = page(assistant, sampling, long)
+        assistant.warm_up(sampling)
+        serve(blocks, host, port)
+        return
+    clips, instruction = clips_and_instruction(words)
+    assistant, turns = Assistant.load(model), []
+    for clip in clips:
+        shown = ""
+        for reply in assistant.answer(clip, turns, instruction, sampling, long):
+            if not shown:
+                print(f"heard:  {reply.heard}\nanswer: ", end="")
+            print(reply.text[len(shown) :], end="", flush=True)
+            shown = reply.text
+        print(f"\n({reply.times()})")
+        turns.append(reply.turn)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
