@@ -453,6 +453,30 @@ def test_a_published_file_with_the_frozen_models_inside_loads(saved, diva):
     assert_same(connector.DiVA.load(saved / "runs/diva"), diva)
 
 
+@pytest.mark.parametrize("absent", ["model-00004-of-00004.safetensors", "model.safetensors"])
+def test_an_index_that_names_more_than_was_published_loads(saved, diva, absent):
+    """Only the first shard of the authors' export was published, with the index of all of them:
+    first under the shards' own names, later with every entry renamed to the one file."""
+    folder = saved / "runs/diva"
+    first = "model-00001-of-00004.safetensors" if "-of-" in absent else "model.safetensors"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / first)
+    elsewhere = [f"decoder.model.layers.{n}.mlp.up_proj.weight" for n in range(3)]
+    elsewhere += ["encoder.conv1.weight", "decoder.lm_head.weight"]
+    index = dict.fromkeys(tensors, first) | dict.fromkeys(elsewhere, absent)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same(connector.DiVA.load(folder), diva)
+
+
+def test_an_index_whose_needed_shard_is_absent_is_refused_by_name(saved):
+    folder = saved / "runs/diva"
+    index = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    index["projection.bias"] = "model-00002-of-00004.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00004\.safetensors is missing"):
+        connector.DiVA.load(folder)
+
+
 def test_any_other_extra_tensor_is_refused(saved):
     extra = {"connector.layers.0.encoder_attn.k_proj.bias": np.zeros(D, np.float32)}
     rewrite(saved / "runs/diva", lambda tensors: tensors | extra)

@@ -3,18 +3,22 @@
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checks
 import make_fixtures
 
+import connector
 import llama
+import whisper
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +50,40 @@ def test_llama_agrees_with_transformers_at_far_positions(folder):
     hidden = ours(ours.embed(jnp.asarray(ids)))[:, np.array(at)]
     checks.close(hidden, out.hidden_states[-1][:, at], 1e-4, "hidden states")
     checks.close(ours.logits(hidden), out.logits[:, at], 1e-4, "logits")
+
+
+def read_with_torch(folder: Path, whisper_folder: Path, states: torch.Tensor) -> torch.Tensor:
+    """Virtual tokens [B, Q, E] from a published checkpoint, as it has been read since it was
+    published: a transformers decoder takes everything under connector., strictly, and the
+    projection is stored the other way round than torch has it."""
+    tensors = load_file(folder / "model.safetensors")
+    config = transformers.WhisperConfig.from_pretrained(whisper_folder)
+    decoder = transformers.models.whisper.modeling_whisper.WhisperDecoder(config).eval()
+    start = "connector."
+    own = {name[len(start) :]: x for name, x in tensors.items() if name.startswith(start)}
+    decoder.load_state_dict(own, strict=True)
+    projection = torch.nn.Linear(*tensors["projection.weight"].shape)
+    weight = tensors["projection.weight"].T
+    projection.load_state_dict({"weight": weight, "bias": tensors["projection.bias"]}, strict=True)
+    queries = tensors["query_tokens"].expand(len(states), -1, -1)
+    with torch.no_grad():
+        hidden = decoder(inputs_embeds=queries, encoder_hidden_states=states).last_hidden_state
+        return projection(hidden)
+
+
+@pytest.mark.parametrize("queries", [None, 5])
+@pytest.mark.parametrize("name", make_fixtures.WHISPERS)
+def test_what_we_export_torch_reads_back(folder, tmp_path, name, queries):
+    """The same virtual tokens for the same encoder states, whether with all queries or fewer."""
+    llm_folder = folder / next(iter(make_fixtures.LLAMAS))
+    asr, llm = whisper.Whisper.load(folder / name), llama.Llama.load(llm_folder)
+    diva = connector.DiVA.create(asr, llm, queries, jax.random.key(1))
+    diva.save(tmp_path, str(folder / name), str(llm_folder))
+    shape = (2, asr.config.max_source_positions, asr.config.d_model)
+    states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    theirs = read_with_torch(tmp_path, folder / name, torch.tensor(states))
+    ours = diva.connector(jnp.asarray(states))
+    assert ours.shape[1] == (queries or asr.config.max_target_positions)
+    checks.close(ours, theirs, 1e-4, "virtual tokens")
+    again = connector.DiVA.load(tmp_path).connector(jnp.asarray(states))
+    np.testing.assert_array_equal(again, ours)
