@@ -149,6 +149,11 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
     settings |= {key: tuple(settings[key]) for key in ("metrics", "labels")}
     task = Task(**settings)
     labels = [metrics.normalise(label) for label in task.labels]
+    if len({*labels}) < len(labels):
+        raise ValueError(
+            f"{where}: labels {', '.join(task.labels)} are the same but for case and punctuation; "
+            "expected labels that differ in letters or digits. Rename some."
+        )
     for example in examples:
         if labels and metrics.normalise(example.answers[0]) not in labels:
             raise ValueError(
@@ -316,7 +321,8 @@ def score_task(
             found["groups"].setdefault(group, {})[name] = parts
         correct_for_groups([parts[name] for parts in found["groups"].values()])
         for language in sorted({example.language for example in examples}):
-            if text := metrics.signature(name, language):
+            some = [len(example.answers) for example in examples if example.language == language]
+            if text := metrics.signature(name, language, max(some)):
                 found["signatures"][f"{name} {language}".strip()] = text
     for entry in found["metrics"].get("accuracy", {}).values():
         right = round(entry["score"] * len(items) / 100)

@@ -38,8 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, single spaces."""
-    plain = re.sub(r"[^\w\s]|_", "", unicodedata.normalize("NFC", text).lower())
+    """Lower case, no punctuation, single spaces. Marks stay: they are the vowels of Tamil."""
+    plain = "".join(
+        letter
+        for letter in unicodedata.normalize("NFC", text).lower()
+        if letter.isalnum() or letter.isspace() or unicodedata.category(letter)[0] == "M"
+    )
     return " ".join(plain.split())
 
 
@@ -154,6 +158,8 @@ def judge() -> tuple[Any, str] | None:
             return classifier, f"qa-metrics {importlib.metadata.version('qa-metrics')} {name}"
         except ModuleNotFoundError as error:
             reason = str(error)
+            if not (error.name or "").startswith("qa_metrics"):  # but what it needs itself
+                break
         except Exception as error:  # it downloads its model, and says nothing if that fails
             reason = f"{name} could not be loaded: {error}"
             break
@@ -255,7 +261,8 @@ def chrf(sums: Float[np.ndarray, "*R 18"]) -> Float[np.ndarray, "*R"]:
     orders = np.maximum(both.sum(-1), 1)
     precision = np.where(both, matches / np.maximum(said, 1), 0).sum(-1) / orders
     recall = np.where(both, matches / np.maximum(wanted, 1), 0).sum(-1) / orders
-    return 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-300)
+    # in sacrebleu's order of multiplication, or two references may tie here and not there
+    return 100 * (5 * precision * recall / np.maximum(4 * precision + recall, 1e-300))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,12 +293,12 @@ METRICS = {
 }
 
 
-def signature(name: str, language: str) -> str:
+def signature(name: str, language: str, references: int = 1) -> str:
     """What must be said beside a score so that it can be compared with others; often nothing."""
     if name == "pedant":
         return judge()[1]
     if name not in ("bleu", "chrf"):
         return ""
     metric = CHRF() if name == "chrf" else _bleu(language)
-    score = metric.corpus_score(["a"], [["a"]])  # sets the number of references
+    score = metric.corpus_score(["a"], [["a"]] * references)  # which the signature tells
     return f"{score.name}|{metric.get_signature()}"

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 RESAMPLES = 10_000
 BLOCK = 500  # resamples at a time: [BLOCK, K] numbers in memory
 ALPHA = 0.05
+ROUNDING = 1e-9  # sums of the same numbers in another order are not a difference
 
 Combine = Callable[[np.ndarray], np.ndarray]  # sums [..., C] -> scores [...]
 
@@ -65,7 +66,7 @@ def permutation(
     extreme = np.zeros(len(scores))
     for swapped in _blocks(gap, signs):
         moved = combine((total + swapped) / 2) - combine((total - swapped) / 2)
-        extreme += (np.abs(moved) >= observed - 1e-9).sum(0)
+        extreme += (np.abs(moved) >= observed - ROUNDING).sum(0)
     return (extreme + 1) / (RESAMPLES + 1)
 
 
@@ -92,7 +93,7 @@ def compare(
     scores, replicates = combine(sums.sum(0)), combine(bootstrap(sums))
     low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
     gain = replicates - replicates[:, [system]]
-    tail = np.minimum((gain <= 0).sum(0), (gain >= 0).sum(0))
+    tail = np.minimum((gain <= ROUNDING).sum(0), (gain >= -ROUNDING).sum(0))
     drawn = np.minimum(1.0, 2 * (tail + 1) / (RESAMPLES + 1))
     swapped = permutation(sums, system, combine)
     entries = [
