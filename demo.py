@@ -87,7 +87,7 @@ def _embed(llm: llama.Llama, ids: Int[Array, "1 L"]) -> Float[Array, "1 L E"]:
 
 @functools.partial(jax.jit, donate_argnames="embeds")
 def _put(
-    embeds: Float[Array, "1 L E"], virtual: Float[Array, "Q E"], start: int
+    embeds: Float[Array, "1 L E"], virtual: Float[Array, "Q E"], start: Int[Array, ""]
 ) -> Float[Array, "1 L E"]:
     return jax.lax.dynamic_update_slice(embeds, virtual[None].astype(embeds.dtype), (0, start, 0))
 
