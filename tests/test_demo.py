@@ -312,7 +312,7 @@ def test_what_is_no_file_is_refused(assistant, tmp_path, where):
         assistant.listen(tmp_path / where)
 
 
-# --------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize(

@@ -1,981 +1,1366 @@
-"""eval.py: the metrics are what they say, the intervals hold, and no item is scored for another.
+"""eval.py: every clip counts once and as what it was, nothing is asked twice, stars are earned.
 
-One tiny universe of random models in the published layouts. The oracle answers one clip at a time
-with whole passes, no cache and no batch, so that the harness is compared with something else than
-itself. Axes: N items, Y systems, C columns of a metric, R resamples.
+Scores are counted here anew, from the answers in predictions.jsonl. Where it does not matter what
+the models say, a stand-in for `systems.answer` says it. Axes: N items, Y systems.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import shutil
-import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import checks
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sacrebleu.metrics import BLEU
-from tokenizers import Tokenizer, models, pre_tokenizers
+import tyro
+import universe
+from sacrebleu.metrics import BLEU, CHRF
 
-import connector
-import data
 import eval as evaluation
-import llama
-import weights
-import whisper
+import report
+import significance
+import suites
+import systems
+from systems import SYSTEMS, Ask
 
-WINDOW, ROOM = 8000, 48
-WHISPER = whisper.WhisperConfig(
-    d_model=16,
-    encoder_layers=1,
-    encoder_attention_heads=2,
-    encoder_ffn_dim=20,
-    decoder_layers=1,
-    decoder_attention_heads=2,
-    decoder_ffn_dim=20,
-    num_mel_bins=8,
-    max_source_positions=25,
-    max_target_positions=7,
-    vocab_size=29,
-    decoder_start_token_id=1,
-    eos_token_id=4,
-)
-LLAMA = llama.LlamaConfig(
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=29,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    eos_token_id=[4, 2],
-)
-SPECIAL = ["<unk>", "<|bos|>", "<|start|>", "<|end|>", "<|eot|>"]
-WORDS = (
-    "one two three four five six red green blue dog cat sun moon say what is the colour of it good"
-)
-VOCABULARY = [*SPECIAL, "user", "assistant", "system", *WORDS.split()]
-TEMPLATE = (
-    "<|bos|>{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{{ m['content'] }}<|eot|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
-)
-TASKS = {
-    "spoken_qa": {"system": "say what it is", "max_new_tokens": 6},
-    "translation": {"system": None, "max_new_tokens": 9},
-    "emotion": {"system": "what colour is the moon", "labels": ["red", "green", "blue", "sun"]},
-    "repeat": {"system": "say it", "max_new_tokens": 6},
-}
-QUESTIONS = {"what is the colour of the sun": "red", "what is one": "two", "is it good": "dog"}
+HEARING = ("untrained", "diva", "cascade")  # those that need the clip
 
 
-def write_model(folder: Path, model, prefix: str) -> None:
-    weights.save(model, folder, prefix=prefix)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    chat = {"chat_template": TEMPLATE, "bos_token": "<|bos|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(chat))
+def write_lines(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
-def write_tasks(folder: Path, rows: list[dict], split: str = "test", tasks=TASKS) -> Path:
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_tasks(folder: Path, tasks: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{split}.jsonl").write_text(lines)
+    (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
     return folder
 
 
-def rows_of_the_universe() -> list[dict]:
-    """Six questions in two accents and one unknown one, four translations, four emotions."""
-    rows = [
-        {"text": text, "task": "spoken_qa", "answer": reply, "accent": accent}
-        for text, reply in QUESTIONS.items()
-        for accent in ("Scottish English", "England English")
-    ]
-    texts = ("the dog is red", "the cat is blue", "the sun is it", "good moon")
-    rows += [{"text": t, "task": "translation", "answer": "one two three four"} for t in texts]
-    texts = ("good dog", "what cat is it", "the moon is green", "sun")
-    answers = ("red", "Green", "blue", "red")
-    rows += [
-        {"text": t, "task": "emotion", "answer": a} for t, a in zip(texts, answers, strict=True)
-    ]
-    return [{"audio": f"{n}.wav"} | row for n, row in enumerate(rows)]
+def clip(n: int = 0, text: str | None = None, *answers: str, **more: str) -> suites.Example:
+    """A clip with words of its own, unless they are given."""
+    words = f"question {n}" if text is None else text
+    return suites.Example(str(n), f"/nowhere/{n}.wav", words, answers or ("red",), **more)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """whisper/, llama/, diva/ and tasks/ in the published layouts."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)  # compile fast, run slowly
-    root = tmp_path_factory.mktemp("universe")
-    template = weights.abstract(whisper.Whisper.init, WHISPER, jax.random.key(0))
-    asr = checks.random_weights(template, 11, 1.0)
-    template = weights.abstract(llama.Llama.init, LLAMA, jax.random.key(0))
-    llm = checks.random_weights(template, 1, 0.7)
-    write_model(root / "whisper", asr, "model.")
-    write_model(root / "llama", llm, "")
-    diva = connector.DiVA.create(asr, llm, None, jax.random.key(1))
-    trained = checks.random_weights(diva.connector, 2, 0.4)
-    diva = eqx.tree_at(lambda d: d.connector, diva, trained)
-    diva.save(root / "diva", str(root / "whisper"), str(root / "llama"))
-    rows = rows_of_the_universe()
-    write_tasks(root / "tasks", rows)
-    rng = np.random.default_rng(4)
-    for row in rows:
-        length = int(rng.integers(4000, WINDOW))
-        tone = np.sin(np.arange(length) * rng.uniform(0.05, 1.5)) * rng.uniform(0.1, 0.5)
-        soundfile.write(root / "tasks" / row["audio"], tone, 16000)
-    yield root
-    jax.config.update("jax_disable_most_optimizations", before)
+def items_of(task: evaluation.Task, name: str = "task") -> list[evaluation.Item]:
+    return [evaluation.Item(name, task.ask(example), example) for example in task.examples]
 
 
-@pytest.fixture(scope="module")
-def parts(root) -> evaluation.Models:
-    return evaluation.Models.load(root / "diva")
+def scored(task: evaluation.Task, **said: list[str | None]) -> dict:
+    """What eval.json says of a task; a system that is not given says what diva does."""
+    answers = {system: said.get(system, said["diva"]) for system in (*SYSTEMS, *said)}
+    return evaluation.score_task(task, items_of(task), answers)[0]
 
 
-@pytest.fixture(scope="module")
-def tasks(root) -> dict[str, evaluation.Task]:
-    return evaluation.read_tasks(root / "tasks")
+# ------------------------------------------------------------------------------------------- tasks
+
+ROW = {"audio": "a.wav", "text": "is it", "answer": "red"}
+OWN = {"suite": "manifest", "path": "own.jsonl", "prompt": "Say it.", "metrics": ["f1"]}
 
 
-@pytest.fixture(scope="module")
-def items(root, tasks) -> list[evaluation.Item]:
-    return evaluation.read_items(root / "tasks", "test", tasks)
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A folder with own.jsonl, in which there is one clip."""
+    write_lines(tmp_path / "own.jsonl", [ROW])
+    return tmp_path
 
 
-@jax.jit
-def next_logits(llm, embeds, length):
-    return llm.logits(llm(embeds)[0, length - 1])
+@pytest.fixture
+def meld(tmp_path) -> Path:
+    """Two rows of MELD, test and dev, as they are published."""
+    folder, head = tmp_path / "MELD.Raw", "Utterance,Emotion,Dialogue_ID,Utterance_ID\n"
+    for split, emotion in (("test", "anger"), ("dev", "joy")):
+        (folder / suites.MELD_VIDEOS[split]).mkdir(parents=True)
+        (folder / f"{split}_sent_emo.csv").write_text(head + f"Well!,{emotion},3,1\n")
+    return folder
 
 
-class Oracle:
-    """The answer to one prompt: the whole sequence again for every token, no cache, no batch."""
-
-    def __init__(self, parts: evaluation.Models, tasks: dict[str, evaluation.Task]):
-        self.llm, self.chat, self.tasks = parts.diva.llm, parts.chat, tasks
-        self.diva, self.asr, self.connectors = parts.diva, parts.asr, parts.connectors
-        self.table = np.asarray(self.llm.model.embed_tokens.weight)
-
-    def answer(self, task: str, user: np.ndarray) -> str:
-        """`user` holds the embeddings of what the user says."""
-        prefix, suffix = self.chat.wrap(self.tasks[task].system)
-        rows = [*self.table[prefix], *user, *self.table[suffix]]
-        if labels := self.tasks[task].labels:
-            logits = self.logits(rows)
-            return max(labels, key=lambda label: logits[VOCABULARY.index(label)])
-        words = []
-        for _ in range(self.tasks[task].max_new_tokens):
-            token = int(self.logits(rows).argmax())
-            if token in LLAMA.eos_token_id:
-                break
-            words.append(VOCABULARY[token])
-            rows.append(self.table[token])
-        return " ".join(word for word in words if word not in SPECIAL)
-
-    def logits(self, rows: list[np.ndarray]) -> np.ndarray:
-        padded = np.zeros((1, ROOM, len(rows[0])), np.float32)
-        padded[0, : len(rows)] = rows
-        return np.asarray(next_logits(self.llm, jnp.asarray(padded), len(rows)))
-
-    def text(self, task: str, text: str) -> str:
-        return self.answer(task, self.table[[VOCABULARY.index(word) for word in text.split()]])
-
-    def audio(self, clip: str) -> jnp.ndarray:
-        return jnp.asarray(data.pad([data.load_audio(clip)], WINDOW))
-
-    def hears(self, system: str, clip: str) -> np.ndarray:
-        diva = eqx.tree_at(lambda d: d.connector, self.diva, self.connectors[system])
-        return np.asarray(hear(diva, self.audio(clip))[0])
-
-    def all(self, item: evaluation.Item) -> dict[str, str]:
-        """{system: answer}"""
-        said = {
-            system: self.answer(item.task, self.hears(system, item.audio))
-            for system in ("untrained", "diva")
-        }
-        said["cascade"] = self.text(item.task, self.asr(self.audio(item.audio))[0])
-        return said | {"text": self.text(item.task, item.text)}
+@pytest.fixture
+def mustard(tmp_path) -> Path:
+    """One row of MUStARD."""
+    folder = tmp_path / "mustard"
+    (folder / "utterances_final").mkdir(parents=True)
+    row = {"1_60": {"utterance": "Sure.", "sarcasm": True, "show": "BBT"}}
+    (folder / "sarcasm_data.json").write_text(json.dumps(row))
+    return folder
 
 
-hear = jax.jit(connector.DiVA.virtual_tokens)
+def test_a_folder_its_file_and_several_sources_give_the_tasks_in_their_order(own, meld, mustard):
+    write_tasks(own, {"b": OWN, "a": OWN})
+    assert list(evaluation.read_tasks([own])) == ["b", "a"]
+    assert evaluation.read_tasks([own / "tasks.json"]) == evaluation.read_tasks([str(own)])
+    other = shutil.copy(own / "tasks.json", own / "mine.json")
+    assert evaluation.read_tasks([other]) == evaluation.read_tasks([own])
+    found = evaluation.read_tasks([f"mustard={mustard}", own, f"meld={meld}"])
+    assert list(found) == ["mustard", "b", "a", "meld"]
 
 
-@pytest.fixture(scope="module")
-def oracle(parts, tasks) -> Oracle:
-    return Oracle(parts, tasks)
-
-
-@pytest.fixture(scope="module")
-def expected(oracle, items) -> list[dict[str, str]]:
-    """What the oracle says for every item, in every system."""
-    return [oracle.all(item) for item in items]
-
-
-def item_of(text="what is it", task="spoken_qa", answer="red", accent="") -> evaluation.Item:
-    return evaluation.Item("a.wav", text, task, answer, accent)
-
-
-# ----------------------------------------------------------------------------------- single answers
-
-
-@pytest.mark.parametrize(
-    "text, plain",
-    [
-        ("  Paris,\n is THE capital!  ", "paris is the capital"),
-        ("It's 3.5 -- really?", "its 35 really"),
-        ("GRÖSSE", "grösse"),
-        (unicodedata.normalize("NFD", "größe"), unicodedata.normalize("NFC", "größe")),
-        ("你好。", "你好"),
-        ("...", ""),
-    ],
-)
-def test_case_punctuation_space_and_unicode_form_do_not_count(text, plain):
-    assert evaluation.normalise(text) == plain
-
-
-@functools.cache
-def slow_edits(a: tuple, b: tuple, substitution: int) -> int:
-    """The definition, tried in every way."""
-    if not a or not b:
-        return len(a) + len(b)
-    change = slow_edits(a[1:], b[1:], substitution) + substitution * (a[0] != b[0])
-    return min(
-        change, slow_edits(a[1:], b, substitution) + 1, slow_edits(a, b[1:], substitution) + 1
+def test_a_suite_by_its_name_has_its_own_prompt_metrics_and_labels(meld):
+    """SUITE=PATH, a name in tasks.json, and "suite" in it are the same."""
+    (task,) = evaluation.read_tasks([f"meld={meld}"]).values()
+    suite = suites.SUITES["meld"]
+    assert task == evaluation.Task(
+        "meld", suite.read(meld), suite.prompt, ("weighted_f1", "accuracy"), suites.MELD_LABELS
     )
+    assert task.label_score == "first_token" and task.max_new_tokens == 64
+    entries = {"meld": {"path": str(meld)}, "moods": {"suite": "meld", "path": meld.name}}
+    found = evaluation.read_tasks([write_tasks(meld.parent, entries)])
+    assert found == {"meld": task, "moods": task}
 
 
-@pytest.mark.parametrize("substitution", [1, 2])
-def test_edits_are_the_cheapest_of_all_ways(substitution):
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        a, b = (tuple(rng.choice(["x", "y", "z"], rng.integers(0, 7))) for _ in range(2))
-        found = evaluation.edits(" ".join(a), " ".join(b), substitution)
-        assert found == slow_edits(a, b, substitution), (a, b)
-
-
-def test_edits_count_words_and_not_letters():
-    assert evaluation.edits("the cat sat", "a cat sat down") == 2
-    assert evaluation.edits("The cat, sat.", "the cat sat") == 0
-    assert evaluation.edits("", "three new words") == 3
-
-
-def test_the_word_error_rate_counts_errors_and_words_of_the_reference():
-    item = item_of(answer="The dog is red.")
-    assert evaluation.word_errors("the cat is red now", item) == (2, 4)
-    assert evaluation.word_errors("the dog is red", item) == (0, 4)
-    assert evaluation.word_errors(None, item) == evaluation.word_errors("", item) == (4, 4)
-
-
-def test_an_answer_is_correct_if_it_matches_after_normalisation():
-    assert evaluation.correct("Red!", item_of(answer="red")) == (1, 1)
-    assert evaluation.correct("dark red", item_of(answer="red")) == (0, 1)
-    assert evaluation.correct("", item_of(answer="red")) == (0, 1)
-    assert evaluation.correct("...", item_of(answer="")) == (1, 1)
-
-
-@pytest.mark.parametrize("reference", ["red", ""])
-def test_a_clip_that_was_not_decoded_is_wrong_even_where_the_reference_is_empty(reference):
-    assert evaluation.correct(None, item_of(answer=reference)) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    "answer, ignored",
-    [
-        ("What is the capital of France?", 1),  # the question again
-        ("you ask what is the capital of france", 1),  # with an introduction
-        ("what is capital of france", 1),  # five of six words
-        ("the capital of France is Paris", 0),  # shares much, but answers
-        ("what is the capital of france it is paris", 0),  # repeats, but answers too
-        ("what is the capital of france it is parisian", 1),  # a word that begins like the answer
-        ("Paris", 0),
-        ("London", 0),  # wrong, but an attempt
-        ("france of capital the is what", 0),  # the words in another order are not the question
-        ("what is the name of germany", 0),  # another question of the same form: four of six words
-        ("", 0),
-        (None, 0),
-    ],
-)
-def test_ignoring_the_prompt_is_to_repeat_the_question_without_the_answer(answer, ignored):
-    item = item_of(text="What is the capital of France", answer="Paris")
-    assert evaluation.ignores_prompt(answer, item) == (ignored, 1)
-
-
-# --------------------------------------------------------------------------------------------- bleu
-
-SENTENCES = st.lists(st.sampled_from(["a", "b", "c", "d.", "ü"]), max_size=9).map(" ".join)
-CORPORA = st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=5)
-
-
-def bleu_sums(corpus) -> np.ndarray:
-    counts = [evaluation.bleu_counts(said, item_of(answer=wanted)) for said, wanted in corpus]
-    return np.array(counts).sum(0)
-
-
-@settings(deadline=None, max_examples=300, derandomize=True)
-@given(CORPORA)
-def test_bleu_from_sums_is_sacrebleus_corpus_score(corpus):
-    """With any number of matches in each order. float64 logarithms of both sides: 1e-9."""
-    said, wanted = zip(*corpus, strict=True)
-    published = BLEU().corpus_score(list(said), [list(wanted)]).score
-    found = float(evaluation.bleu(bleu_sums(corpus)))
-    assert found == pytest.approx(published, rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize("matching", range(5))
-def test_bleu_is_smoothed_like_sacrebleu_where_the_longer_matches_are_none(matching):
-    """Answers that share runs of 0, 1, 2, 3 and 4 words with the reference; 0 matches score 0."""
-    words = "a b c d".split()
-    said = " ".join([*words[:matching], "x", "y", "z", "u", "v"])
-    corpus = [(said, "a b c d e f g")]
-    published = BLEU().corpus_score([said], [["a b c d e f g"]])
-    assert published.counts == [max(0, matching - n) for n in range(4)]
-    found = float(evaluation.bleu(bleu_sums(corpus)))
-    assert found == pytest.approx(published.score, rel=1e-9)
-    assert (found == 0) == (matching == 0)
-
-
-def test_many_corpora_at_once_score_as_each_alone():
-    corpora = [[("a b c d e", "a b c d f")], [("", "a")], [("a b", "a b")], [("x", "y z")]]
-    corpora += [[("x b c y z", "a b c d e f")], [("x b c d y", "a b c d e f")]]
-    sums = np.stack([bleu_sums(corpus) for corpus in corpora])
-    together = evaluation.bleu(sums[:, None])
-    assert together.shape == (6, 1)
-    np.testing.assert_array_equal(together[:, 0], [evaluation.bleu(row) for row in sums])
-    assert together[0, 0] > 50
-
-
-def test_no_answer_is_an_empty_one_for_bleu():
-    item = item_of(answer="a b c d e")
-    assert evaluation.bleu_counts(None, item) == evaluation.bleu_counts("", item)
-    assert evaluation.bleu_counts(None, item)[-2:] == (0, 5)
-
-
-# --------------------------------------------------------------------------------------- statistics
-
-
-def four(diva, other=None) -> np.ndarray:
-    """[N, Y, 2] columns of a metric that is a share, from 0/1 of diva and of the other systems."""
-    other = diva if other is None else other
-    right = np.stack([diva if y == "diva" else other for y in evaluation.SYSTEMS], 1)
-    return np.stack([right, np.ones_like(right)], -1).astype(float)
-
-
-def test_rates_are_pooled_over_clips_and_not_averaged():
-    """2 errors in 2 words and 0 in 8 are 20 %, not the mean of 100 % and 0 %."""
-    tasks = {"repeat": evaluation.Task("say it")}
-    items = [item_of(text=t, task="repeat", answer=t) for t in ("a b", "c d e f g h i j")]
-    answers = {system: ["x y", "c d e f g h i j"] for system in evaluation.SYSTEMS}
-    report = evaluation.score(tasks, items, answers)["repeat_wer"]
-    assert report["text"]["score"] == pytest.approx(0.2) and report["text"]["n"] == 2
-
-
-def test_the_bootstrap_draws_whole_sentences(monkeypatch):
-    """Each resample holds as many sentences as there are, each with all of its clips.
-
-    Drawn with equal chances: a sentence comes once on average, with variance 1 - 1/K. Of 4,000
-    resamples the mean is off by 1/63 and the variance by about 1.7/63: four times that is 0.11.
-    """
-    monkeypatch.setattr(evaluation, "RESAMPLES", 4000)
-    sizes = np.array([3, 1, 4, 2])
-    clusters = np.repeat(["b", "d", "a", "c"], sizes)
-    order = np.random.default_rng(0).permutation(sizes.sum())
-    membership = np.eye(4)[np.repeat(range(4), sizes)]  # [N, C]: one column for each sentence
-    drawn = evaluation.resample(membership[order][:, None], list(clusters[order]))
-    assert drawn.shape == (4000, 1, 4)
-    times = drawn[:, 0] / sizes
-    np.testing.assert_array_equal(times, times.round())
-    np.testing.assert_array_equal(times.sum(1), 4)
-    np.testing.assert_allclose(times.mean(0), 1, atol=0.11)
-    np.testing.assert_allclose(times.var(0), 1 - 1 / 4, atol=0.11)
-
-
-def test_the_bootstrap_is_paired_and_the_same_every_time():
-    """All systems get the same draws, every call gives the same numbers."""
-    rng = np.random.default_rng(0)
-    columns, clusters = rng.normal(size=(30, 1, 2)), list(map(str, rng.integers(0, 12, 30)))
-    drawn = evaluation.resample(np.repeat(columns, 4, axis=1), clusters)
-    np.testing.assert_array_equal(drawn, np.repeat(drawn[:, :1], 4, axis=1))
-    np.testing.assert_array_equal(
-        drawn, evaluation.resample(np.repeat(columns, 4, axis=1), clusters)
+def test_what_tasks_json_says_replaces_what_the_suite_says(meld):
+    more = {"prompt": None, "metrics": ["accuracy"], "labels": ["Joy", "Anger"]}
+    more |= {"label_score": "whole_label", "max_new_tokens": 3, "split": "dev"}
+    write_tasks(meld.parent, {"meld": {"path": "MELD.Raw"} | more})
+    task = evaluation.read_tasks([meld.parent])["meld"]
+    assert task == evaluation.Task(
+        "meld",
+        suites.SUITES["meld"].read(meld, split="dev"),
+        None,
+        ("accuracy",),
+        ("Joy", "Anger"),
+        "whole_label",
+        3,
     )
-    assert len(np.unique(drawn[:, 0, 0])) > 9000, "the resamples are one resample"
+    assert task.ask(task.examples[0]) == Ask(None, ("Joy", "Anger"), "whole_label", 3)
 
 
-def test_intervals_and_p_are_those_of_a_slow_bootstrap():
-    """Written out with lists of clips: draw sentences, pool their clips, score, sort.
-
-    4,000 slow resamples: the share beyond an end of the interval is off by at most
-    4 * sqrt(0.025 / 4000) = 1 %, and p, twice a share, by 2 * 4 * sqrt(0.25 / 4000) = 6.4 %.
-    """
-    rng = np.random.default_rng(0)
-    clusters = [f"sentence {i}" for i in rng.integers(0, 15, 40)]
-    words = rng.integers(3, 9, 40).astype(float)
-    errors = rng.binomial(words[:, None].astype(int), [0.5, 0.35, 0.4, 0.3]).astype(float)
-    columns = np.stack([errors, np.repeat(words[:, None], 4, 1)], -1)
-    entries = evaluation.compare(columns, clusters, evaluation.ratio)
-    names = sorted(set(clusters))
-    members = {name: [n for n, c in enumerate(clusters) if c == name] for name in names}
-    slow = []
-    for _ in range(4000):
-        clips = [n for i in rng.integers(0, len(names), len(names)) for n in members[names[i]]]
-        slow.append(errors[clips].sum(0) / words[clips].sum())
-    slow = np.array(slow)
-    for y, system in enumerate(evaluation.SYSTEMS):
-        entry = entries[system]
-        assert entry["score"] == pytest.approx(errors[:, y].sum() / words.sum())
-        assert entry["n"] == 40
-        assert (slow[:, y] < entry["low"]).mean() == pytest.approx(0.025, abs=0.01)
-        assert (slow[:, y] > entry["high"]).mean() == pytest.approx(0.025, abs=0.01)
-        if system != "diva":
-            gain = slow[:, 1] - slow[:, y]
-            share = min((gain <= 0).mean(), (gain >= 0).mean())
-            assert entry["p"] == pytest.approx(min(1, 2 * share), abs=0.064)
-    assert "p" not in entries["diva"]
-
-
-def test_intervals_hold_the_truth_and_p_is_small_by_chance_as_often_as_they_say(monkeypatch):
-    """Of sentences spoken by three people each, where all clips of a hard sentence suffer.
-
-    The four systems of a group share half of their noise. Counted as two of their own, 800
-    intervals are off by at most 4 * sqrt(0.0475 / 800) = 3.1 %; counted as one, 400 p values by
-    4 * sqrt(0.0475 / 400) = 4.4 %. A bootstrap of 50 sentences is 1 % too narrow besides. Drawing
-    clips would give 75 %, an interval from 5 to 95 % gives 89 %.
-    """
-    monkeypatch.setattr(evaluation, "RESAMPLES", 800)
-    rng = np.random.default_rng(1)
-    sentences = np.repeat(np.arange(50), 3)
-    clusters = list(map(str, sentences))
-    held, false = [], []
-    for _ in range(400):
-        hard = rng.normal(size=(50, 1))[sentences] + rng.normal(size=(50, 4))[sentences]
-        values = 0.3 + hard + 0.5 * rng.normal(size=(150, 4))
-        columns = np.stack([values, np.ones_like(values)], -1)
-        entries = evaluation.compare(columns, clusters, evaluation.ratio)
-        held += [entry["low"] <= 0.3 <= entry["high"] for entry in entries.values()]
-        false += [entry["p"] < 0.05 for name, entry in entries.items() if name != "diva"]
-    assert np.mean(held) == pytest.approx(0.94, abs=0.031)
-    assert np.mean(false) == pytest.approx(0.06, abs=0.044)
-
-
-@pytest.mark.parametrize("gain", [1, -1])
-def test_a_small_difference_that_always_points_one_way_is_significant(gain):
-    """6 of 60 sentences: invisible beside the spread of a score of one half, clear in pairs.
-
-    p is 2 * 0.9^60 = 0.36 % (no such sentence is drawn); unpaired it would be about 27 %.
-    """
-    diva = np.tile([0, 1], 30)
-    other = diva.copy()
-    flipped = np.flatnonzero(diva == (gain > 0))[:6]
-    other[flipped] = 1 - other[flipped]
-    entries = evaluation.compare(four(diva, other), list(map(str, range(60))), evaluation.ratio)
-    assert entries["diva"]["score"] - entries["text"]["score"] == pytest.approx(gain * 0.1)
-    assert 1e-4 < entries["text"]["p"] < 0.01
-
-
-def test_equal_systems_do_not_differ():
-    """The same answers: p is 1. As many better as worse: p is large."""
-    diva, clusters = np.tile([0, 1], 30), list(map(str, range(60)))
-    same = evaluation.compare(four(diva), clusters, evaluation.ratio)
-    assert {same[y]["p"] for y in ("untrained", "cascade", "text")} == {1.0}
-    mixed = evaluation.compare(four(diva, np.roll(diva, 1)), clusters, evaluation.ratio)
-    assert mixed["text"]["p"] > 0.5
-
-
-# ------------------------------------------------------------------------------------------- labels
-
-
-def test_the_first_label_is_scored_like_any_other():
-    """Filtering by `if label` has dropped class 0 elsewhere: here it counts, right and wrong."""
-    tasks = {"emotion": evaluation.Task("what is it", ("red", "green", "blue"))}
-    items = [item_of(task="emotion", answer=a) for a in ("red", "red", "Red", "green")]
-    answers = {system: ["red", "green", "red", "red"] for system in evaluation.SYSTEMS}
-    entry = evaluation.score(tasks, items, answers)["emotion"]["diva"]
-    assert entry["n"] == 4 and entry["score"] == 0.5
-    assert entry["predicted"] == {"red": 3, "green": 1, "blue": 0}
-
-
-@pytest.mark.parametrize(
-    "labels, message",
-    [
-        (("red sun", "blue", "red moon"), r"label 'red moon' begins with .* 'red sun'; expected"),
-        (("red", "  "), "label '  ' begins with .* nothing; expected"),
-        (("lilac", "mauve"), "label 'mauve' begins with .* 'lilac'"),  # both unknown words
-    ],
-)
-def test_labels_that_begin_with_the_same_token_are_refused(parts, labels, message):
-    with pytest.raises(ValueError, match=f"tasks.json: emotion: {message}"):
-        evaluation.first_tokens(parts.chat, "emotion", labels)
-
-
-def test_the_labels_of_the_toy_are_told_apart_by_its_tokenizer():
-    """By the token that the label itself begins with."""
-    toy = Path(__file__).parents[1] / "toy"
-    chat, labels = (
-        llama.Chat.load(toy / "llama"),
-        evaluation.read_tasks(toy / "tasks")["emotion"].labels,
-    )
-    found = evaluation.first_tokens(chat, "emotion", labels)
-    assert len(set(found)) == len(labels) == 7
-    for token, label in zip(found, labels, strict=True):
-        start = chat.decode([token]).strip()
-        assert start and label.lower().startswith(start.lower()), (start, label)
-
-
-def test_the_answer_is_the_likeliest_label_wherever_it_stands(parts, oracle):
-    """By the LLM's own logits, for tasks with different labels in one batch; each label can win."""
-    labels = {
-        "emotion": ("sun", "moon", "good"),
-        "spoken_qa": ("five", "colour", "six", "it", "dog"),
+def test_the_split_is_replaced_where_there_is_one(meld, mustard):
+    """Also one that tasks.json names; MUStARD has none, and is read as it is."""
+    entries = {
+        "meld": {"path": "MELD.Raw"},
+        "again": {"suite": "meld", "path": "MELD.Raw", "split": "test"},
+        "mustard": {"path": "mustard"},
     }
-    tasks = {name: evaluation.Task("what is it", some) for name, some in labels.items()}
-    responder = evaluation.Responder(parts.diva.llm, parts.chat, tasks, 8)
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS.split(), rng.integers(1, 6))) for _ in range(40)]
-    asked = [(name, text) for text in texts for name in labels]
-    said = responder.texts(asked, lambda _: None)
-    alone = Oracle(parts, tasks)
-    assert said == {(name, text): alone.text(name, text) for name, text in asked}
-    for name, some in labels.items():
-        chosen = {reply for (task, _), reply in said.items() if task == name}
-        assert chosen == set(some), "some label never wins: a mistake about it would not show"
+    write_tasks(meld.parent, entries)
+    for split, label in (("dev", "Joy"), ("test", "Anger"), (None, "Anger")):
+        found = evaluation.read_tasks([meld.parent], split)
+        answers = [task.examples[0].answers[0] for task in found.values()]
+        assert answers == [label, label, "Yes"], split
 
 
-# ------------------------------------------------------------------------------------------ answers
+def test_paths_are_relative_to_the_file_also_those_of_the_readers_options(tmp_path, monkeypatch):
+    calls = []
+
+    def read(path: Path, split="dev", audio=None, common_voice=None, unpack=None, languages=()):
+        calls.append((Path(path), split, audio, common_voice, unpack, languages))
+        return [clip()]
+
+    monkeypatch.setitem(suites.SUITES, "fake", suites.Suite(read, "Say it.", ("f1",)))
+    options = {"audio": "wavs", "common_voice": "../cv", "unpack": "/scratch", "languages": ["de"]}
+    write_tasks(tmp_path / "deep", {"fake": {"path": "set", "split": "x"} | options})
+    evaluation.read_tasks([tmp_path / "deep"])
+    here = tmp_path / "deep"
+    wavs, voice = str(here / "wavs"), str(here / "../cv")
+    assert calls == [(here / "set", "x", wavs, voice, "/scratch", ["de"])]
+    evaluation.read_tasks(["fake=set"])
+    assert calls[1] == (Path("set"), "dev", None, None, None, ())
 
 
-def test_every_system_answers_as_one_clip_alone_with_whole_passes(
-    parts, tasks, items, expected, monkeypatch
-):
-    """Batches of mixed prompts and lengths, filled up at the end, change no answer.
-
-    Each clip is decoded once, though some are also to be repeated. The oracle's answers differ
-    between clips and between systems and end in both ways, else this would prove little.
-    """
-    decoded, load = [], data.load_audio
-    monkeypatch.setattr(data, "load_audio", lambda clip: decoded.append(clip) or load(clip))
-    answers, failed = evaluation.answer(parts, tasks, items, batch_size=4)
-    assert failed == {}
-    assert sorted(decoded) == sorted({item.audio for item in items}) and len(decoded) < len(items)
-    for system in evaluation.SYSTEMS:
-        wanted = [said[system] for said in expected]
-        assert answers[system] == wanted, system
-        assert len(set(wanted)) > len(wanted) / 3, f"{system} says the same to everything"
-    for a, b in itertools.combinations(evaluation.SYSTEMS, 2):
-        assert [said[a] for said in expected] != [said[b] for said in expected], (a, b)
-    room = [
-        tasks[item.task].max_new_tokens - len(said["diva"].split())
-        for item, said in zip(items, expected, strict=True)
-        if item.task != "emotion"
-    ]
-    assert min(room) == 0 < max(room), "all answers end by a stop token, or all by their length"
+@pytest.mark.parametrize("folders", [1, 2])
+def test_a_name_that_comes_twice_is_refused(own, meld, folders):
+    write_tasks(own, {"meld": {"path": "MELD.Raw"}})
+    sources = [own, f"meld={meld}"] if folders == 2 else [own, own]
+    with pytest.raises(ValueError, match="'meld' comes twice; expected a name for each task"):
+        evaluation.read_tasks(sources)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_text_is_answered_alone_as_beside_longer_ones(parts, tasks, oracle, size):
-    """Whatever the size of the batches, and none is left out."""
-    asked = [
-        ("spoken_qa", "sun"),
-        ("translation", ""),
-        ("emotion", "it"),
-        ("spoken_qa", "what is the colour of the dog of the cat of the sun of the moon"),
-        ("repeat", "one two three four five six"),
-        ("emotion", "the colour of it is red"),
-        ("translation", "good"),
-    ]
-    counted = []
-    responder = evaluation.Responder(parts.diva.llm, parts.chat, tasks, size)
-    said = responder.texts(asked, counted.append)
-    assert said == {pair: oracle.text(*pair) for pair in asked}
-    assert sum(counted) == len(asked)
+def test_the_language_of_each_answer_stands_in_its_prompt(own):
+    rows = [ROW | {"language": code} for code in ("de", "zh-CN")]
+    write_lines(own / "own.jsonl", rows)
+    write_tasks(own, {"qa": OWN | {"prompt": "Into {language}, {really}!"}})
+    task = evaluation.read_tasks([own])["qa"]
+    asked = [task.ask(example).prompt for example in task.examples]
+    assert asked == ["Into German, {really}!", "Into Mandarin, {really}!"]
+    assert dataclasses.replace(task, prompt=None).ask(task.examples[0]).prompt is None
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_speech_is_answered_alone_as_beside_other_tasks(parts, tasks, items, oracle, size):
-    """Row 0 is asked twice, under prompts of different lengths; rows are taken as given."""
-    names = ["spoken_qa", "emotion", "translation", "repeat", "emotion"]
-    rows = [0, 2, 1, 0, 1]
-    heard = {
-        system: np.stack([oracle.hears(system, items[n].audio) for n in range(3)])
-        for system in ("untrained", "diva")
-    }
-    responder = evaluation.Responder(parts.diva.llm, parts.chat, tasks, size)
-    said = responder.speech(names, {k: jnp.asarray(v) for k, v in heard.items()}, rows)
-    for system, virtual in heard.items():
-        wanted = [oracle.answer(name, virtual[row]) for name, row in zip(names, rows, strict=True)]
-        assert said[system] == wanted, system
-
-
-def test_an_answer_ends_before_the_first_stop_token(parts, tasks):
-    """Any of the stop tokens; what stands behind it is not read, specials are not shown."""
-    responder = evaluation.Responder(parts.diva.llm, parts.chat, tasks, 1)
-    ids = {word: n for n, word in enumerate(VOCABULARY)}
-    for stop in ("<|eot|>", "<|start|>"):
-        said = [ids[word] for word in ("red", "<|bos|>", "dog", stop, "cat", "<|eot|>")]
-        assert responder.decode(np.array(said)) == "red dog"
-    assert responder.decode(np.array([ids["<|eot|>"]])) == ""
-    assert responder.decode(np.array([ids["red"], ids["cat"]])) == "red cat"
-
-
-# --------------------------------------------------------------------------------------- reading in
-
-
-def test_a_folder_without_tasks_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere is missing; expected .*--tasks"):
-        evaluation.read_tasks(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"tasks\.json is missing"):
-        evaluation.read_tasks(tmp_path)
+def without(key: str) -> dict:
+    return {k: v for k, v in OWN.items() if k != key}
 
 
 @pytest.mark.parametrize(
     "entry, message",
     [
-        (
-            {"singing": {"system": "sing"}},
-            "unknown task 'singing'; expected spoken_qa, translation",
-        ),
-        ({"emotion": {"labels": ["red"]}}, r"task 'emotion' is .*labels.*the key system"),
-        ({"spoken_qa": ["system"]}, r"task 'spoken_qa' is \[\"system\"\]; expected an object"),
-        (
-            {"repeat": {"system": None, "max_tokens": 3}},
-            "task 'repeat' is .*max_tokens.*at most labels, max_new_tok",
-        ),
+        ("own.jsonl", "'own.jsonl'; expected an object with \"path\""),
+        (["own.jsonl"], "expected an object with"),
+        (None, "None; expected an object with"),
+        (without("path"), "expected an object with \"path\""),
+        (OWN | {"path": 3}, "'path': 3.*expected an object with"),
+        (without("suite"), "unknown suite 'qa'; expected one of heysquad, .* manifest .*JSONL"),
+        (OWN | {"suite": "manifst"}, "unknown suite 'manifst'; expected"),
+        (OWN | {"suite": None}, "unknown suite None; expected"),
+        (OWN | {"suite": ["manifest"]}, "unknown suite .*manifest.*; expected"),
+        (OWN | {"promt": "x"}, "unknown promt; expected only path, suite, prompt, .* split"),
+        (OWN | {"audio": "wavs"}, "unknown audio; expected only"),  # of another reader
+        (OWN | {"prompt": 3}, "prompt 3; expected a text as prompt"),
+        (OWN | {"metrics": "f1"}, "metrics 'f1'"),
+        (OWN | {"metrics": {"f1": 1}}, "metrics {'f1': 1}"),
+        (OWN | {"metrics": 3}, "metrics 3"),
+        (OWN | {"metrics": None}, "metrics None"),
+        (OWN | {"metrics": ["f1", "f2"]}, "metric 'f2'; expected .* exact_match, contains, f1"),
+        (OWN | {"metrics": [["f1"]]}, r"metric \['f1'\]"),
+        (OWN | {"metrics": []}, "no metrics; expected"),
+        (without("metrics"), "no metrics; expected"),
+        (OWN | {"metrics": ["f1", "weighted_f1"]}, "weighted_f1 without labels; expected"),
+        (OWN | {"labels": "red"}, "labels 'red'; expected .*a list of texts"),
+        (OWN | {"labels": 3}, "labels 3"),
+        (OWN | {"labels": None}, "labels None"),
+        (OWN | {"labels": ["red", 3]}, "label 3; expected"),
+        (OWN | {"label_score": "last_token"}, "label_score 'last_token'; .* first_token or whole"),
+        (OWN | {"label_score": None}, "label_score None"),
+        (OWN | {"max_new_tokens": "64"}, "max_new_tokens '64'; .*a whole number"),
+        (OWN | {"max_new_tokens": 6.5}, "max_new_tokens 6.5"),
+        (OWN | {"labels": ["green", "blue"]}, "the answer of 0 is 'red'; .* labels green, blue"),
+        (OWN | {"prompt": "Into {language}."}, "0 has no language, .* prompt asks for; .* ar, ca"),
+    ],
+)  # fmt: skip
+def test_a_wrong_entry_names_file_task_and_value(own, entry, message):
+    write_tasks(own, {"fine": OWN, "qa": entry})
+    with pytest.raises(ValueError, match=rf"(?s)tasks\.json: qa: .*{message}"):
+        evaluation.read_tasks([own])
+
+
+@pytest.mark.parametrize("most", [True, False, 0, -3])
+def test_no_answer_can_be_shorter_than_a_token(own, most):
+    """And true is no number, though Python takes it for 1."""
+    write_tasks(own, {"qa": OWN | {"max_new_tokens": most}})
+    with pytest.raises(ValueError, match=f"tasks.json: qa: max_new_tokens {most}; expected"):
+        evaluation.read_tasks([own])
+
+
+@pytest.mark.parametrize(
+    "labels, row",
+    [
+        (["red", "Red!"], ROW),  # one label to every metric: normalised, they are equal
+        (["+", "-"], ROW | {"answer": "+"}),  # both are nothing at all
+        (["red", "other"], ROW),  # what histograms call all that is no label
+        (["red", "no answer"], ROW),
     ],
 )
-def test_a_wrong_prompt_names_file_and_task(tmp_path, entry, message):
-    write_tasks(tmp_path, [], tasks=entry)
-    with pytest.raises(ValueError, match=rf"tasks\.json: {message}"):
-        evaluation.read_tasks(tmp_path)
+def test_labels_that_no_score_can_tell_apart_are_refused(own, labels, row):
+    write_lines(own / "own.jsonl", [row])
+    write_tasks(own, {"qa": OWN | {"labels": labels, "metrics": ["accuracy"]}})
+    with pytest.raises(ValueError, match=r"tasks\.json: qa: .*label"):
+        evaluation.read_tasks([own])
 
 
-def test_prompts_are_read_as_written(tmp_path):
-    write_tasks(tmp_path, [])
-    found = evaluation.read_tasks(tmp_path)
-    assert found["emotion"] == evaluation.Task(
-        "what colour is the moon", ("red", "green", "blue", "sun")
-    )
-    assert found["translation"] == evaluation.Task(None, (), 9)
-    assert list(found) == list(TASKS)
+@pytest.mark.parametrize("name", ["a/b", "", "/tmp/a"])
+def test_a_name_that_cannot_be_a_file_is_refused(own, name):
+    """Each task has charts/NAME.png."""
+    write_tasks(own, {name: OWN})
+    with pytest.raises(ValueError, match=r"tasks\.json: .*name"):
+        evaluation.read_tasks([own])
 
 
-def test_a_missing_split_lists_those_that_are_there(tmp_path, tasks):
-    write_tasks(tmp_path, [], split="dev")
-    write_tasks(tmp_path, [], split="extra")
-    with pytest.raises(
-        FileNotFoundError, match=r"test\.jsonl is missing.*here: dev, extra\. Check"
-    ):
-        evaluation.read_items(tmp_path, "test", tasks)
+@pytest.mark.parametrize("options", [{"audio": 3}, {"audio": None}])
+def test_a_path_of_the_reader_that_is_no_text_is_refused(meld, options):
+    write_tasks(meld.parent, {"meld": {"path": "MELD.Raw"} | options})
+    with pytest.raises(ValueError, match=r"tasks\.json: meld: .*audio"):
+        evaluation.read_tasks([meld.parent])
 
 
-GOOD = {"audio": "a.wav", "text": "is it", "task": "spoken_qa", "answer": "red"}
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/tasks.json", "sung=/data", "{empty}"])
+def test_tasks_that_are_not_there_are_named_with_what_could_be(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    source = source.format(empty=tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=f"{source}: no such tasks; .*heysquad, sd_qa"):
+        evaluation.read_tasks([source])
+
+
+@pytest.mark.parametrize("text", ['{"qa": ', "[]", "3"])
+def test_a_file_that_holds_no_tasks_is_named(tmp_path, text):
+    (tmp_path / "tasks.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tasks\.json"):
+        evaluation.read_tasks([tmp_path])
+
+
+def test_what_is_missing_of_a_suite_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"test_sent_emo\.csv is missing"):
+        evaluation.read_tasks([f"meld={tmp_path}"])
+
+
+def test_a_sample_is_random_but_the_same_and_in_order():
+    numbers = list(range(100, 200))
+    some = evaluation.sample(numbers, 20)
+    assert evaluation.sample(numbers, 20) == some == sorted(set(some))
+    assert len(some) == 20 and set(some) <= set(numbers)
+    assert len({b - a for a, b in itertools.pairwise(some)}) > 3, "every n-th clip"
+    assert evaluation.sample(numbers, 100) == evaluation.sample(numbers, 999) == numbers
+
+
+# ------------------------------------------------------------------------------------- predictions
+
+MODEL = "0123456789ab"
+
+
+SAY = Ask("Say it.")
+
+
+def one_item(ask: Ask = SAY, **example: object) -> evaluation.Item:
+    return evaluation.Item("qa", ask, dataclasses.replace(clip(), **example))
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return tmp_path / "predictions.jsonl"
+
+
+def test_an_answer_is_on_disk_as_soon_as_it_is_told(file):
+    kept, item = evaluation.Predictions(file, MODEL), one_item(group="gbr")
+    assert kept.lacks("diva", item) and kept.get("diva", item) is None
+    kept.tell("diva", item, "two", {"heard": "to"})
+    (line,) = read_lines(file)
+    assert line == {
+        "key": kept.key("diva", item),
+        "system": "diva",
+        "task": "qa",
+        "id": "0",
+        "group": "gbr",
+        "audio": "/nowhere/0.wav",
+        "text": "question 0",
+        "prompt": "Say it.",
+        "answer": "two",
+        "heard": "to",
+        "references": ["red"],
+    }
+    again = evaluation.Predictions(file, MODEL)
+    assert not again.lacks("diva", item) and again.get("diva", item) == line
+    assert again.lacks("cascade", item)
+    again.tell("cascade", item, "", {})
+    assert [line["system"] for line in read_lines(file)] == ["diva", "cascade"]
+    assert not evaluation.Predictions(file, MODEL).lacks("cascade", item), "'' is an answer"
+
+
+@pytest.mark.parametrize("left", ["{", '{"key": "0', "within a letter", "but }", "but the end"])
+def test_the_line_that_a_killed_run_left_half_written_is_asked_again(file, left):
+    """Wherever it was cut, also within a letter of several bytes. What is told next stays."""
+    kept, first, second = evaluation.Predictions(file, MODEL), one_item(id="a"), one_item(id="b")
+    kept.tell("diva", first, "größe", {})
+    before = file.read_bytes()
+    kept.tell("diva", second, "größe", {})
+    line = file.read_bytes()[len(before) :]
+    ends = {"within a letter": line.index("ö".encode()) + 1, "but }": -2, "but the end": -1}
+    file.write_bytes(before + line[: ends.get(left, len(left))])
+    again = evaluation.Predictions(file, MODEL)
+    assert not again.lacks("diva", first)
+    assert again.lacks("diva", second) == (left != "but the end"), "nothing but the new line lacks"
+    again.tell("text", first, "klein", {})
+    again.tell("diva", second, "klein", {})
+    last = evaluation.Predictions(file, MODEL)
+    answers = [last.get(*at) for at in (("diva", first), ("text", first), ("diva", second))]
+    assert [line and line["answer"] for line in answers] == ["größe", "klein", "klein"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ask": Ask("Say it!")},
+        {"ask": Ask(None)},
+        {"ask": Ask("Say it.", ("red", "blue"))},
+        {"ask": Ask("Say it.", label_score="whole_label")},
+        {"ask": Ask("Say it.", max_new_tokens=65)},
+        {"text": "question 1"},
+        {"audio": "/nowhere/1.wav"},
+        {"id": "1"},
+    ],
+)
+def test_an_answer_to_something_else_is_no_answer(file, change):
+    evaluation.Predictions(file, MODEL).tell("diva", one_item(), "two", {})
+    assert evaluation.Predictions(file, MODEL).lacks("diva", one_item(**change))
+
+
+def test_an_answer_by_other_weights_or_another_system_or_for_another_task_is_no_answer(file):
+    evaluation.Predictions(file, MODEL).tell("diva", one_item(), "two", {})
+    kept = evaluation.Predictions(file, MODEL)
+    assert evaluation.Predictions(file, MODEL[::-1]).lacks("diva", one_item())
+    assert kept.lacks("untrained", one_item())
+    assert kept.lacks("diva", one_item()._replace(task="ab"))
+
+
+def test_an_answer_stays_one_where_only_the_references_or_the_folder_changed(file):
+    """They are not asked. What is written in the end is what counts now."""
+    evaluation.Predictions(file, MODEL).tell("diva", one_item(), "two", {"heard": "x"})
+    kept = evaluation.Predictions(file, MODEL)
+    now = one_item(answers=("two", "2"), audio="/there/0.wav", group="usa")
+    assert not kept.lacks("diva", now)
+    for system in SYSTEMS:
+        if kept.lacks(system, now):
+            kept.tell(system, now, "two", {})
+    kept.finish([now], {(system, 0): {"f1": 100.0} for system in SYSTEMS})
+    for line in read_lines(file):
+        told = line["references"], line["audio"], line["group"], line["answer"]
+        assert told == (["two", "2"], "/there/0.wav", "usa", "two"), line["system"]
+
+
+def test_what_could_not_be_answered_is_asked_again_and_says_why(file):
+    evaluation.Predictions(file, MODEL).tell("diva", one_item(), None, {"error": "no samples"})
+    kept = evaluation.Predictions(file, MODEL)
+    assert kept.lacks("diva", one_item())
+    assert kept.get("diva", one_item())["error"] == "no samples"
+    kept.tell("diva", one_item(), "two", {"heard": "x"})
+    last = evaluation.Predictions(file, MODEL).get("diva", one_item())
+    assert last["answer"] == "two" and "error" not in last
+
+
+def test_in_the_end_the_lines_stand_in_order_with_their_scores(file):
+    """Those of this model about other items stand behind them, those of other models go."""
+    items, old = [one_item(id=str(n)) for n in (2, 0, 1)], one_item(id="old")
+    evaluation.Predictions(file, MODEL[::-1]).tell("diva", items[0], "not ours", {})
+    kept, scores = evaluation.Predictions(file, MODEL), {}
+    kept.tell("text", old, "of old", {})
+    for system in reversed(SYSTEMS):
+        for i in (1, 0, 2):
+            kept.tell(system, items[i], f"{system} {i}", {})
+            scores[system, i] = {"f1": float(i)}
+    kept.finish(items, scores)
+    lines = read_lines(file)
+    ours = [(line["answer"], line["scores"]) for line in lines[:-1]]
+    assert ours == [(f"{y} {i}", {"f1": float(i)}) for i in range(3) for y in SYSTEMS]
+    assert lines[-1]["answer"] == "of old" and "scores" not in lines[-1]
+    again = evaluation.Predictions(file, MODEL)
+    assert not any(again.lacks(system, item) for system in SYSTEMS for item in items)
+    assert not again.lacks("text", old)
+    again.tell("diva", old, "more", {})  # the file can be gone on with
+    assert len(read_lines(file)) == 14
+
+
+def test_what_is_written_in_the_end_is_whole_or_not_at_all(file, monkeypatch):
+    """A run that is killed while it writes leaves the lines that were told."""
+    kept = evaluation.Predictions(file, MODEL)
+    for system in SYSTEMS:
+        kept.tell(system, one_item(), "two", {})
+    before = file.read_text()
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        kept.finish([one_item()], {(system, 0): {} for system in SYSTEMS})
+    assert file.read_text() == before
+
+
+def test_only_a_new_line_ends_a_line(file):
+    """Not the other separators that Unicode knows; answers may hold them, and new lines."""
+    said = "one\u2028two\u2029three\x85four\x0bfive\nsix\rseven\x1ceight 😀"
+    kept = evaluation.Predictions(file, MODEL)
+    for system in SYSTEMS:
+        kept.tell(system, one_item(), said, {})
+    assert evaluation.Predictions(file, MODEL).get("text", one_item())["answer"] == said
+    kept.finish([one_item()], {(system, 0): {} for system in SYSTEMS})
+    again = evaluation.Predictions(file, MODEL)
+    assert [again.get(system, one_item())["answer"] for system in SYSTEMS] == [said] * 4
+    assert evaluation.read_predictions(f"old={file}", [one_item()]) == ("old", [said])
+
+
+def test_the_fingerprint_is_that_of_weights_and_config(tmp_path):
+    names = ("model-1.safetensors", "model-2.safetensors", "config.json")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    prints = [evaluation.fingerprint(tmp_path)]
+    (tmp_path / "eval.json").write_text("{}")
+    (tmp_path / "predictions.jsonl").write_text("")
+    assert evaluation.fingerprint(tmp_path) == prints[0], "what we write changes no model"
+    assert evaluation.fingerprint(shutil.copytree(tmp_path, tmp_path / "copy")) == prints[0]
+    for name in names:
+        (tmp_path / name).write_bytes(b"other" + name.encode())
+        prints.append(evaluation.fingerprint(tmp_path))
+    assert len(set(prints)) == 4 and {len(text) for text in prints} == {12}
+
+
+# -------------------------------------------------------------------------------------- one task
+
+
+def task_of(count: int, *metrics: str, labels: tuple[str, ...] = (), **more) -> evaluation.Task:
+    """`count` clips, each with words of its own; the answer to each is red."""
+    examples = [clip(n, **more) for n in range(count)]
+    return evaluation.Task("manifest", examples, "Say it.", metrics or ("exact_match",), labels)
+
+
+def right(n: int, count: int = 40) -> list[str]:
+    """The first n answers are right."""
+    return ["red"] * n + ["blue"] * (count - n)
+
+
+def best(entries: dict[str, dict]) -> list[str]:
+    return [system for system, entry in entries.items() if entry["best"]]
+
+
+def test_a_task_tells_scores_intervals_p_values_and_who_did_not_answer():
+    said = [*right(20, 39), None]
+    found = scored(task_of(40), diva=said, cascade=right(30), other=["red"] * 40)
+    assert found["suite"] == "manifest" and found["n"] == 40 and found["prompt"] == "Say it."
+    assert found["errors"] == {"untrained": 1, "diva": 1, "cascade": 0, "text": 1, "other": 0}
+    entries = found["metrics"]["exact_match"]
+    assert list(entries) == [*SYSTEMS, "other"]
+    scores = {system: entry["score"] for system, entry in entries.items()}
+    assert scores == {"untrained": 50, "diva": 50, "cascade": 75, "text": 50, "other": 100}
+    for system, entry in entries.items():
+        assert entry["n"] == 40 and entry["low"] <= entry["score"] <= entry["high"]
+        assert ("p_bootstrap" in entry) == ("p_permutation" in entry) == (system != "diva")
+    assert entries["untrained"]["p_permutation"] == 1 and entries["other"]["p_permutation"] < 0.01
+    assert entries["diva"]["low"] == pytest.approx(35, abs=3)  # 50 - 1.96 * 100 * sqrt(1/4/40)
+    assert not {"predicted", "published"} & found.keys() and found["groups"] == {}
+    json.dumps(found)
+
+
+def test_the_best_is_starred_only_if_it_differs_from_every_other_but_the_bound():
+    """A text that answers everything takes no star and bars none."""
+    task = task_of(40)
+    starred = {"diva": right(35), "untrained": right(0), "cascade": right(15), "text": right(40)}
+    assert best(scored(task, **starred)["metrics"]["exact_match"]) == ["diva"]
+    close = starred | {"cascade": right(33)}  # two clips: p is 1/2
+    assert best(scored(task, **close)["metrics"]["exact_match"]) == []
+    same = starred | {"cascade": right(35)}
+    assert best(scored(task, **same)["metrics"]["exact_match"]) == []
+    bound = starred | {"text": right(35)}
+    assert best(scored(task, **bound)["metrics"]["exact_match"]) == ["diva"]
+    rival = starred | {"other": right(34)}
+    assert best(scored(task, **rival)["metrics"]["exact_match"]) == []
+
+
+def test_another_than_diva_is_starred_by_its_own_differences():
+    """Not by those from diva: cascade differs from diva, but not from untrained."""
+    task = task_of(40)
+    answers = {"diva": right(10), "untrained": right(28), "text": right(0), "cascade": right(30)}
+    entries = scored(task, **answers)["metrics"]["exact_match"]
+    assert entries["cascade"]["p_permutation"] < 0.001
+    assert best(entries) == [] and entries["cascade"]["p_best"] == pytest.approx(0.5, abs=0.02)
+    answers["untrained"] = right(10)
+    assert best(scored(task, **answers)["metrics"]["exact_match"]) == ["cascade"]
+    answers["other"] = right(40)
+    assert best(scored(task, **answers)["metrics"]["exact_match"]) == ["other"]
+
+
+def test_where_less_is_better_the_least_is_starred():
+    """Repeating the question is what a good system does not."""
+    examples = [clip(n, f"what is {n}") for n in range(40)]
+    task = evaluation.Task("manifest", examples, None, ("prompt_ignoring", "wer"))
+    asked, fine = [example.text for example in examples], ["red"] * 40
+    said = {"diva": fine[:5] + asked[5:], "untrained": asked, "text": fine}
+    entries = scored(task, cascade=fine[:30] + asked[30:], **said)["metrics"]
+    assert entries["prompt_ignoring"]["cascade"]["score"] == 25
+    assert best(entries["prompt_ignoring"]) == best(entries["wer"]) == ["cascade"]
+
+
+def test_clips_of_one_sentence_are_not_as_many_witnesses():
+    """One sentence said by 40 people is one; of unknown words each clip stands alone."""
+    answers = {"diva": right(0), "cascade": right(40)}
+    p = {}
+    for name, words in (("own", None), ("same", "is it"), ("unknown", "")):
+        task = evaluation.Task("manifest", [clip(n, words) for n in range(40)], None, ("f1",))
+        p[name] = scored(task, **answers)["metrics"]["f1"]["cascade"]["p_permutation"]
+    assert p["own"] < 0.001 and p["same"] == 1 and p["unknown"] == p["own"]
+
+
+def grouped(counts: dict[str, int], metric: str = "exact_match") -> evaluation.Task:
+    names = [group for group, count in counts.items() for _ in range(count)]
+    examples = [clip(n, group=group) for n, group in enumerate(names)]
+    return evaluation.Task("manifest", examples, None, (metric,))
+
+
+def test_groups_are_scored_apart_and_a_clip_without_one_counts_in_the_whole_alone():
+    task = grouped({"usa": 4, "gbr": 2, "": 3})
+    answers = ["red", "red", "red", "blue", "blue", None, "red", "red", "blue"]
+    found = scored(task, diva=answers, cascade=["red"] * 9)
+    parts = {group: part["exact_match"]["diva"] for group, part in found["groups"].items()}
+    assert list(parts) == ["gbr", "usa"], "in order"
+    assert (parts["gbr"]["score"], parts["gbr"]["n"]) == (0, 2)
+    assert (parts["usa"]["score"], parts["usa"]["n"]) == (75, 4)
+    whole = found["metrics"]["exact_match"]["diva"]
+    assert (whole["score"], whole["n"]) == (pytest.approx(100 * 5 / 9), 9)
+    assert found["groups"]["gbr"]["exact_match"]["cascade"]["score"] == 100
+
+
+def test_one_group_alone_is_the_whole_and_not_told_twice():
+    assert scored(grouped({"usa": 4}), diva=right(2, 4))["groups"] == {}
+
+
+def test_the_p_values_of_groups_are_corrected_for_their_number():
+    """Of three groups: three times the least p that one has alone, twice the next."""
+    said = [right(9, 20), right(8, 20), right(0, 20)]
+    diva, cascade = right(0, 60), [answer for some in said for answer in some]
+    task = grouped({"a": 20, "b": 20, "c": 20})
+    groups = scored(task, diva=diva, cascade=cascade)["groups"]
+    found = [part["exact_match"] for part in groups.values()]
+    alone = []
+    for g, answers in enumerate(said):
+        some = dataclasses.replace(task, examples=task.examples[20 * g : 20 * g + 20])
+        alone.append(scored(some, diva=right(0, 20), cascade=answers)["metrics"]["exact_match"])
+    p = [entries["cascade"]["p_permutation"] for entries in alone]
+    assert p[0] < p[1] < 0.02 and p[2] == 1
+    corrected = [entries["cascade"]["p_permutation"] for entries in found]
+    assert corrected == pytest.approx([3 * p[0], 2 * p[1], 1])
+    assert best(alone[1]) == best(found[0]) == ["cascade"] and best(found[2]) == []
+
+
+def test_holms_correction_is_over_the_groups_for_each_system_and_for_the_stars():
+    """By hand: the least p times three, the next times two, the last as it is, never falling."""
+    p = {"cascade": (0.03, 0.01, 0.04), "text": (0.5, 0.6, 0.001)}
+    bests = {"diva": (0.02, None, None), "cascade": (None, 0.03, 0.016)}
+    parts = []
+    for g in range(3):
+        part = {"diva": {"score": 50.0, "best": False}}
+        for system, values in p.items():
+            part[system] = {"p_bootstrap": values[g], "p_permutation": values[-g], "best": False}
+        for system, values in bests.items():
+            if values[g] is not None:
+                part[system] |= {"p_best": values[g], "best": True}
+        parts.append(part)
+    evaluation.correct_for_groups(parts)
+    assert [part["cascade"]["p_bootstrap"] for part in parts] == pytest.approx([0.06, 0.03, 0.06])
+    assert [part["cascade"]["p_permutation"] for part in parts] == pytest.approx([0.06, 0.06, 0.03])
+    assert [part["text"]["p_bootstrap"] for part in parts] == pytest.approx([1, 1, 0.003])
+    stars = [next(e for e in part.values() if "p_best" in e) for part in parts]
+    assert [entry["p_best"] for entry in stars] == pytest.approx([0.048, 0.048, 0.048])
+    assert all(entry["best"] for entry in stars)
+    evaluation.correct_for_groups(parts)  # 0.048 three times: 0.144
+    assert not any(entry["best"] for part in parts for entry in part.values())
+    assert parts[0]["diva"].keys() == {"score", "best", "p_best"}
+    evaluation.correct_for_groups([])
+
+
+@pytest.mark.parametrize("labels", [("No", "Yes"), ("0", "1"), ("Yes", "No", "Maybe")])
+def test_the_first_label_counts_like_any_other(labels):
+    """Class 0 and "no" are labels, however they read to a program; None is none of them."""
+    meant = [labels[0]] * 3 + [labels[1]] * 2
+    examples = [clip(n, None, label) for n, label in enumerate(meant)]
+    task = evaluation.Task("manifest", examples, None, ("accuracy", "weighted_f1"), labels)
+    said = [labels[0], labels[1], None, labels[0], labels[1]]
+    found = scored(task, diva=said, text=meant, cascade=[labels[0]] * 5)
+    rest = dict.fromkeys([*labels[2:], "other"], 0)
+    assert found["predicted"]["diva"] == {labels[0]: 2, labels[1]: 2, **rest, "no answer": 1}
+    assert found["predicted"]["cascade"] == {labels[0]: 5, labels[1]: 0, **rest, "no answer": 0}
+    accuracy, f1 = found["metrics"]["accuracy"], found["metrics"]["weighted_f1"]
+    scores = [accuracy[system]["score"] for system in ("diva", "text", "cascade")]
+    assert scores == [40, 100, 60]
+    # F1 of 0: 1 hit, 2 said, 3 meant; of 1: 1 hit, 2 said, 2 meant
+    assert f1["diva"]["score"] == pytest.approx(100 * (0.6 * 2 / 5 + 0.4 * 2 / 4))
+    assert f1["text"]["score"] == pytest.approx(100)
+    assert f1["cascade"]["score"] == pytest.approx(100 * 0.6 * 6 / 8)
+    assert found["errors"]["diva"] == 1 and found["n"] == 5
+
+
+def test_the_histogram_knows_labels_as_the_metrics_do_and_loses_no_answer():
+    said = ["yes.", " NO ", "No", "Yes, it is", "", None, "no answer"]
+    found = evaluation.label_histogram(("No", "Yes"), said)
+    assert found == {"No": 2, "Yes": 1, "other": 3, "no answer": 1}
+    assert list(found) == ["No", "Yes", "other", "no answer"]
+
+
+def test_p_against_guessing_is_that_of_an_exact_test():
+    """Of two labels, a half are right by chance; of four, a quarter."""
+    for labels in (("red", "blue"), ("red", "blue", "green", "pink")):
+        task = task_of(20, "accuracy", labels=labels)
+        entries = scored(task, diva=right(17, 20), text=[None] * 20)["metrics"]["accuracy"]
+        for system, n in (("diva", 17), ("text", 0)):
+            p = scipy.stats.binomtest(n, 20, 1 / len(labels)).pvalue
+            assert entries[system]["p_chance"] == pytest.approx(p), (labels, system)
+
+
+def test_a_metric_that_applies_to_no_clip_is_left_out():
+    """Which script German is written in says nothing; whether unknown words are repeated neither"""
+    examples = [clip(n, "", language="de") for n in range(3)]
+    metrics = ("wrong_script", "prompt_ignoring", "f1")
+    task = evaluation.Task("manifest", examples, None, metrics)
+    found, single = evaluation.score_task(task, items_of(task), dict.fromkeys(SYSTEMS, right(1, 3)))
+    assert list(found["metrics"]) == list(single) == ["f1"]
+    assert single["f1"].tolist() == [[100] * 4, [0] * 4, [0] * 4]
+
+
+def test_a_classifier_that_is_not_installed_leaves_its_metric_out(monkeypatch):
+    monkeypatch.setattr(evaluation.metrics, "judge", lambda: None)
+    found = scored(task_of(3, "pedant", "f1"), diva=right(1, 3))
+    assert list(found["metrics"]) == ["f1"]
+
+    class Half:
+        def get_scores(self, references, answer, question):
+            return {r: {answer: 0.5 if answer == r else 0.1} for r in references}
+
+    monkeypatch.setattr(evaluation.metrics, "judge", lambda: (Half(), "qa-metrics 1 PEDANT"))
+    found = scored(task_of(3, "pedant", "f1"), diva=right(1, 3))
+    assert found["metrics"]["pedant"]["diva"]["score"] == pytest.approx(100 * 0.7 / 3)
+    assert found["signatures"] == {"pedant": "qa-metrics 1 PEDANT"}
+
+
+TRANSLATIONS = {  # by language: references, and what diva says
+    "de": (
+        ("der Hund ist rot und gut", "eins zwei drei vier", "die Sonne ist blau"),
+        ("der Hund ist rot und alt", "eins zwei drei fünf", "die Sonne ist blau"),
+    ),
+    "zh-CN": (("等等,他说。", "她说不。"), ("等等他说。", "她说不是。")),
+}
+
+
+def translated() -> tuple[evaluation.Task, dict[str, list[str]]]:
+    examples, said = [], []
+    for code, (wanted, replies) in TRANSLATIONS.items():
+        examples += [
+            suites.Example(f"{code}{n}", "a.wav", f"{code} {n}", (text,), code, code)
+            for n, text in enumerate(wanted)
+        ]
+        said += replies
+    order = [3, 0, 4, 1, 2]  # languages mixed
+    examples = [examples[n] for n in order]
+    task = evaluation.Task("covost", examples, "Into {language}.", ("bleu", "chrf"))
+    return task, {"diva": [said[n] for n in order], "text": ["eins"] * 5}
+
+
+def test_translations_are_scored_by_language_and_then_averaged():
+    """Each as sacrebleu scores it, with the tokenizer of its language; not all in one corpus."""
+    task, answers = translated()
+    found = scored(task, **answers)
+    for name, scorers in (("bleu", (BLEU(), BLEU(tokenize="zh"))), ("chrf", (CHRF(), CHRF()))):
+        each = [
+            scorer.corpus_score(list(said), [list(wanted)]).score
+            for scorer, (wanted, said) in zip(scorers, TRANSLATIONS.values(), strict=True)
+        ]
+        assert abs(each[0] - each[1]) > 1, "two languages that score alike show nothing"
+        score = found["metrics"][name]["diva"]["score"]
+        assert score == pytest.approx(np.mean(each)), name
+        for code, one in zip(TRANSLATIONS, each, strict=True):
+            assert found["groups"][code][name]["diva"]["score"] == pytest.approx(one), (code, name)
+        entry = found["metrics"][name]["diva"]
+        assert entry["low"] <= score <= entry["high"] and entry["n"] == 5
+    signed = found["signatures"]
+    assert list(signed) == ["bleu de", "bleu zh-CN", "chrf de", "chrf zh-CN"]
+    assert "tok:13a" in signed["bleu de"] and "tok:zh" in signed["bleu zh-CN"]
+    assert found["published"] == suites.PUBLISHED["covost"]
+
+
+def test_the_score_of_each_answer_alone_is_told_by_system():
+    task = evaluation.Task("manifest", [clip(0), clip(1)], None, ("f1", "wer"))
+    answers = {system: ["red", "dark red"] for system in SYSTEMS} | {"text": [None, "blue"]}
+    single = evaluation.score_task(task, items_of(task), answers)[1]
+    np.testing.assert_allclose(single["f1"], [[100, 100, 100, 0], [200 / 3] * 3 + [0]])
+    np.testing.assert_allclose(single["wer"], [[0, 0, 0, 100], [100] * 4])
+
+
+# ----------------------------------------------------------------------- answers of other systems
+
+
+@pytest.fixture
+def asked() -> list[evaluation.Item]:
+    """Three questions of one task, and one of another with the same id."""
+    items = [evaluation.Item("qa", Ask(None), clip(n)) for n in range(3)]
+    return [*items, evaluation.Item("mood", Ask(None, ("No", "Yes")), clip(0))]
+
+
+def test_answers_of_another_system_find_their_items_by_task_and_id(tmp_path, asked, capsys):
+    rows = [
+        {"task": "qa", "id": "2", "answer": "two"},
+        {"task": "mood", "id": "0", "answer": "yes!", "more": 1},
+        {"task": "qa", "id": "0", "answer": None},
+        {"task": "qa", "id": "1", "answer": ""},
+    ]
+    file = write_lines(tmp_path / "other.jsonl", rows)
+    name, answers = evaluation.read_predictions(f"Qwen 2={file}", asked)
+    assert (name, answers) == ("Qwen 2", [None, "", "two", "yes!"])
+    assert capsys.readouterr().out == "", "nothing is missing, nothing too much"
+
+
+def test_missing_answers_are_counted_as_wrong_and_those_in_excess_are_told(tmp_path, asked, capsys):
+    rows = [{"task": "qa", "id": i, "answer": "red"} for i in ("1", "7", "8")]
+    file = write_lines(tmp_path / "other.jsonl", rows)
+    answers = evaluation.read_predictions(f"other={file}", asked)[1]
+    assert answers == [None, "red", None, None]
+    shown = capsys.readouterr().out
+    assert f"{file}: no answer to 3 of 4 items; they count as wrong" in shown
+    assert f"{file}: 2 answers to what is not asked here are not counted" in shown
+    task = task_of(3)
+    said = {"diva": right(3, 3), "other": answers[:3]}
+    found = scored(task, **said)
+    assert found["metrics"]["exact_match"]["other"]["score"] == pytest.approx(100 / 3)
+    assert found["errors"]["other"] == 2
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"audio": "a.wav", ', "not JSON .*one object a line"),
-        ("[1, 2]", "no text under audio, text, task, answer; expected"),
-        (json.dumps({k: v for k, v in GOOD.items() if k != "answer"}), "no text under answer; exp"),
-        (json.dumps(GOOD | {"text": 3, "answer": None}), "no text under text, answer; expected"),
-        (
-            json.dumps(GOOD | {"task": "singing"}),
-            "unknown task 'singing'; expected one of spoken_qa",
-        ),
-        (
-            json.dumps(GOOD | {"task": "emotion", "answer": "pink"}),
-            "the answer is 'pink'; .*red, gr",
-        ),
+        ("{", "no JSON object"),
+        ("[1]", "no JSON object"),
+        ('{"task": "qa", "answer": "x"}', 'expected "task" and "id"'),
+        ('{"id": "1", "answer": "x"}', 'expected "task" and "id"'),
+        ('{"task": "qa", "id": 1, "answer": "x"}', 'expected "task" and "id"'),
+        ('{"task": "qa", "id": "1", "answer": 3}', 'expected .* "answer" .*a text, or null'),
+        ('{"task": "qa", "id": "1", "answer": ["x"]}', 'expected .* "answer"'),
+        ('{"task": "qa", "id": "1", "response": "x"}', 'expected .* "answer"'),
+        ('{"task": "qa", "id": "0", "answer": "x"}', r"a second answer to \('qa', '0'\)"),
     ],
 )
-def test_a_wrong_line_names_file_and_line(tmp_path, tasks, line, message):
-    write_tasks(tmp_path, [])
-    file = tmp_path / "test.jsonl"
-    file.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=rf"test\.jsonl:3: {message}"):
-        evaluation.read_items(tmp_path, "test", tasks)
+def test_a_wrong_line_of_answers_is_named(tmp_path, asked, line, message):
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"task": "qa", "id": "0", "answer": "x"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"other\.jsonl:3: .*{message}"):
+        evaluation.read_predictions(f"other={file}", asked)
 
 
-def test_a_file_without_lines_is_an_error(tmp_path, tasks):
-    write_tasks(tmp_path, [])
-    with pytest.raises(ValueError, match=r"test\.jsonl: no lines"):
-        evaluation.read_items(tmp_path, "test", tasks)
+@pytest.mark.parametrize("source", ["other", "other=", "=a.jsonl", *[f"{s}=x" for s in SYSTEMS]])
+def test_a_name_that_is_taken_or_lacking_is_refused(asked, source):
+    with pytest.raises(ValueError, match=f"--predictions {source}: expected NAME=FILE.jsonl.*diva"):
+        evaluation.read_predictions(source, asked)
 
 
-def test_lines_become_items(tmp_path, tasks):
-    """Clips are relative to the folder; an empty answer is one; accent is optional."""
-    row = GOOD | {"answer": "", "accent": "Scottish English", "more": 1}
-    write_tasks(tmp_path / "deep", [row, GOOD | {"audio": "../b.wav"}])
-    one, two, *_ = evaluation.read_items(tmp_path / "deep", "test", tasks)
-    clip = str(tmp_path / "deep/a.wav")
-    assert one == evaluation.Item(clip, "is it", "spoken_qa", "", "Scottish English")
-    assert Path(two.audio).resolve() == tmp_path / "b.wav" and two.accent == ""
+def test_a_file_of_answers_that_is_not_there_is_named(tmp_path, asked):
+    with pytest.raises(FileNotFoundError, match=r"nowhere=x\.jsonl is missing"):
+        evaluation.read_predictions(f"other={tmp_path}/nowhere=x.jsonl", asked)
 
 
-def test_only_a_new_line_ends_a_line(tmp_path, tasks):
-    """Not the other separators that Unicode knows, which JSON allows inside of a string."""
-    text = "what\u2028is\x85it"
-    write_tasks(tmp_path, [])
-    line = json.dumps(GOOD | {"text": text}, ensure_ascii=False)
-    (tmp_path / "test.jsonl").write_text(line + "\n", encoding="utf-8")
-    assert evaluation.read_items(tmp_path, "test", tasks)[0].text == text
+def test_our_own_predictions_of_another_model_are_its_divas(file, asked):
+    """Also where lines stand behind them that were answers to another prompt."""
+    old = evaluation.Predictions(file, MODEL)
+    for item in (asked[0]._replace(ask=Ask("Another prompt.")), *asked):
+        for system in SYSTEMS:
+            words = "old words" if item.ask.prompt else f"{system} to {item.example.id}"
+            old.tell(system, item, words, {})
+    old.finish(asked, {(system, i): {} for system in SYSTEMS for i in range(4)})
+    name, answers = evaluation.read_predictions(f"before={file}", asked)
+    assert name == "before" and answers == [f"diva to {n}" for n in (0, 1, 2, 0)]
 
 
-def test_one_clip_in_four_is_also_to_be_repeated(tmp_path, tasks):
-    """Rounded up, a random but fixed choice of different clips; the reference is the transcript."""
-    rows = [GOOD | {"audio": f"{n}.wav", "text": f"{n}"} for n in range(41)]
-    write_tasks(tmp_path, rows)
-    items = evaluation.read_items(tmp_path, "test", tasks)
-    first, more = items[:41], items[41:]
-    assert [item.text for item in first] == [row["text"] for row in rows]
-    assert all(item.task == "repeat" and item.answer == item.text for item in more)
-    numbers = [int(item.text) for item in more]
-    assert len(set(numbers)) == 11 and numbers == sorted(numbers)
-    steps = {b - a for a, b in itertools.pairwise(numbers)}
-    assert len(steps) > 2, "every n-th clip may be of one accent alone"
-    assert evaluation.read_items(tmp_path, "test", tasks) == items
+# ----------------------------------------------------------------------------- the whole, made up
 
 
-def test_nothing_is_repeated_without_a_prompt_or_where_the_split_says_what(tmp_path, tasks):
-    write_tasks(tmp_path, [GOOD, GOOD])
-    without = {name: task for name, task in tasks.items() if name != "repeat"}
-    assert len(evaluation.read_items(tmp_path, "test", without)) == 2
-    write_tasks(tmp_path, [GOOD, GOOD | {"task": "repeat", "answer": "is it"}])
-    assert len(evaluation.read_items(tmp_path, "test", tasks)) == 2
+class Run(NamedTuple):
+    """What evaluate() returned and left behind."""
+
+    found: dict
+    folder: Path
+    told: list[tuple[int, str]]  # (item, system) of each answer that was asked for
 
 
-# --------------------------------------------------------------------------------------- the report
-
-METRICS = {
-    "spoken_qa": 6,
-    "prompt_ignoring": 6,
-    "translation": 4,
-    "translation_bleu": 4,
-    "emotion": 4,
-    "repeat_wer": 4,
-}
+@pytest.fixture
+def no_charts(monkeypatch) -> None:
+    """Where they are not looked at."""
+    monkeypatch.setattr(report, "chart", lambda *_: None)
 
 
-@pytest.fixture(scope="module")
-def known(root, items, expected) -> Path:
-    """The same clips, with references from the oracle: for every system some that it alone has.
+@pytest.fixture
+def made_up(tmp_path, monkeypatch, no_charts) -> Callable[..., Run]:
+    """evaluate() with a stand-in for the models, which says say(system, question)."""
+    model, said = tmp_path / "model", {}
+    model.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (model / name).write_text(name)
 
-    Repetitions stand in the split itself, so that they too have such references.
-    """
-    rows = []
-    for n, (item, said) in enumerate(zip(items, expected, strict=True)):
-        system = evaluation.SYSTEMS[n % 4]
-        row = dataclasses.asdict(item) | {"answer": said[system]}
-        rows.append(row | {"audio": "../tasks/" + Path(item.audio).name})
-    return write_tasks(root / "known", rows)
+    def answer(models, questions, lacking, heard, batch_size, tell):
+        for i, some in enumerate(lacking):
+            for system in sorted(some):
+                said["told"].append((i, system))
+                reply = said["say"](system, questions[i])
+                tell(i, system, reply, {"error": "no reason"} if reply is None else {})
 
+    monkeypatch.setattr(systems.Models, "load", staticmethod(lambda folder: None))
+    monkeypatch.setattr(systems, "answer", answer)
+    monkeypatch.setattr(significance, "RESAMPLES", 200)
 
-@pytest.fixture(scope="module")
-def report(root, known) -> dict:
-    """What is returned, which is also what is written."""
-    report = evaluation.evaluate(root / "diva", known, batch_size=4)
-    assert json.loads((root / "diva/eval.json").read_text()) == report
-    return report
+    def run(tasks: dict, say: Callable = lambda *_: "red", **options) -> Run:
+        said.update(say=say, told=[])
+        write_tasks(tmp_path, tasks)
+        found = evaluation.evaluate(model, [tmp_path], **options)
+        return Run(found, Path(options.get("out") or model), said["told"])
 
-
-def test_the_report_has_every_task_and_system(report):
-    """eval.json is {"tasks": {task: {system: {score, low, high, n, errors, and p}}}, ...}."""
-    assert {"model", "split", "limit", "errors", "tasks", "seconds"} == report.keys()
-    assert report["errors"] == {}
-    tasks = report["tasks"]
-    assert {name: systems["diva"]["n"] for name, systems in tasks.items()} == METRICS
-    for name, systems in tasks.items():
-        assert list(systems) == ["untrained", "diva", "cascade", "text"]
-        for system, entry in systems.items():
-            assert {"score", "low", "high", "n", "errors"} <= entry.keys()
-            assert ("p" in entry) == (system != "diva")
-            assert 0 <= entry["low"] <= entry["score"] + 1e-9, (name, system)
-            assert entry["score"] <= entry["high"] + 1e-9, (name, system)
-            assert ("accents" in entry) == (name == "spoken_qa")
-    assert tasks["emotion"]["text"]["predicted"].keys() == {"red", "green", "blue", "sun"}
-    assert tasks["translation_bleu"]["text"]["signature"].startswith("nrefs:1|case:mixed|eff:no|")
+    return run
 
 
-def test_the_scores_are_those_of_the_oracles_answers(known, tasks, expected, report):
-    """Counted here from the answers of one clip at a time; BLEU by sacrebleu itself."""
-    items = evaluation.read_items(known, "test", tasks)
-    for system in evaluation.SYSTEMS:
-        rows = [(item, said[system]) for item, said in zip(items, expected, strict=True)]
-        found = {name: systems[system]["score"] for name, systems in report["tasks"].items()}
-        for task in ("spoken_qa", "translation", "emotion"):
-            right = [said == item.answer for item, said in rows if item.task == task]
-            assert found[task] == pytest.approx(np.mean(right)), (task, system)
-        said, wanted = zip(
-            *[(s, i.answer) for i, s in rows if i.task == "translation"], strict=True
-        )
-        score = BLEU().corpus_score(list(said), [list(wanted)]).score
-        assert found["translation_bleu"] == pytest.approx(score), system
-        pairs = [(s.split(), i.answer.split()) for i, s in rows if i.task == "repeat"]
-        errors = sum(slow_edits(tuple(a), tuple(b), 1) for a, b in pairs)
-        assert found["repeat_wer"] == pytest.approx(errors / sum(len(b) for _, b in pairs)), system
-    for task in ("spoken_qa", "translation", "emotion"):
-        right = [report["tasks"][task][system]["score"] for system in evaluation.SYSTEMS]
-        assert min(right) > 0 and max(right) < 1, "one of the systems is not told from the others"
+def manifest(folder: Path, count: int, **more: list[str]) -> dict:
+    """An entry of tasks.json, and its file with `count` clips. `more` is by clip, in turn."""
+    rows = [{"audio": f"{n}.wav", "text": f"what is {n}", "answer": "red"} for n in range(count)]
+    for name, values in more.items():
+        for n, row in enumerate(rows):
+            row[name] = values[n % len(values)]
+    write_lines(folder / "own.jsonl", rows)
+    return OWN.copy()
 
 
-def test_accents_are_scored_apart_and_none_is_lost(known, tasks, expected, report):
-    items = evaluation.read_items(known, "test", tasks)
-    for system in evaluation.SYSTEMS:
-        parts = report["tasks"]["spoken_qa"][system]["accents"]
-        assert list(parts) == ["England English", "Scottish English"]
-        for accent, part in parts.items():
-            right = [
-                said[system] == item.answer
-                for item, said in zip(items, expected, strict=True)
-                if item.task == "spoken_qa" and item.accent == accent
-            ]
-            assert part["n"] == len(right) == 3
-            assert part["score"] == pytest.approx(np.mean(right))
-            assert {"low", "high"} <= part.keys() and ("p" in part) == (system != "diva")
+def test_what_is_returned_is_what_stands_in_eval_json(tmp_path, made_up, capsys):
+    run = made_up({"qa": manifest(tmp_path, 4)})
+    text = (run.folder / "eval.json").read_text(encoding="utf-8")
+    assert json.loads(text) == run.found
+    assert run.found.keys() == {*"model split limit systems errors tasks seconds".split()}
+    assert run.found["model"] == str(run.folder) and run.found["systems"] == list(SYSTEMS)
+    assert run.found["split"] is None and made_up({"qa": OWN}, split="dev").found["split"] == "dev"
+    assert report.table(run.found) in capsys.readouterr().out
+    written = {path.name for path in run.folder.iterdir()}
+    assert written >= {"eval.json", "predictions.jsonl", "report.html", "cases.tsv", "charts"}
 
 
-def test_a_clip_without_an_accent_is_counted_as_unknown():
-    tasks = {"spoken_qa": evaluation.Task(None)}
-    items = [item_of(accent="Scottish English"), item_of()]
-    answers = {system: ["red", "blue"] for system in evaluation.SYSTEMS}
-    parts = evaluation.score(tasks, items, answers)["spoken_qa"]["diva"]["accents"]
-    assert {name: part["score"] for name, part in parts.items()} == {
-        "unknown": 0.0,
-        "Scottish English": 1.0,
-    }
+def test_results_go_where_they_are_wanted(tmp_path, made_up):
+    """Also into a folder that is not there yet; nothing is left beside the model then."""
+    model = tmp_path / "model"
+    run = made_up({"qa": manifest(tmp_path, 2)}, out=str(tmp_path / "deep/er"))
+    assert (tmp_path / "deep/er/eval.json").is_file()
+    assert len(read_lines(tmp_path / "deep/er/predictions.jsonl")) == 8
+    assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.json"}
+    assert run.found["model"] == str(model)
 
 
-def test_the_limit_is_for_each_task(root, known, report):
-    """A random but fixed part of the items, told in the report."""
-    part = evaluation.evaluate(root / "diva", known, limit=2, batch_size=4)
-    assert part["limit"] == 2 and report["limit"] == 0
-    assert {systems["text"]["n"] for systems in part["tasks"].values()} == {2}
-    assert part["tasks"].keys() == METRICS.keys()
-    again = evaluation.evaluate(root / "diva", known, limit=2, batch_size=4)
-    assert again["tasks"] == part["tasks"]
+def test_a_repo_is_evaluated_into_a_folder_of_its_name(tmp_path, made_up, monkeypatch):
+    made_up({"qa": manifest(tmp_path, 2)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.weights, "resolve", lambda model: tmp_path / "model")
+    evaluation.evaluate("someone/diva-8b", [tmp_path])
+    assert (tmp_path / "runs/diva-8b/eval.json").is_file()
 
 
-def test_a_model_that_is_loaded_already_is_the_one_that_is_scored(root, known, report):
-    """As at the end of training; all other systems are as they were, on one encoder."""
-    diva = connector.DiVA.load(root / "diva")
-    deaf = eqx.tree_at(lambda d: d.connector, diva, jax.tree.map(jnp.zeros_like, diva.connector))
-    shared = evaluation.Models.load(root / "diva", deaf)
-    for a, b in zip(*map(jax.tree.leaves, (shared.asr.model.encoder, deaf.encoder)), strict=True):
-        assert a is b
-    scored = evaluation.evaluate(root / "diva", known, batch_size=4, diva=deaf)["tasks"]
-    for name, systems in report["tasks"].items():
-        for system in ("untrained", "cascade", "text"):
-            assert scored[name][system]["score"] == systems[system]["score"], (name, system)
-    assert any(
-        scored[name]["diva"]["score"] != report["tasks"][name]["diva"]["score"] for name in scored
+def test_every_option_of_the_command_is_one_of_evaluate(monkeypatch):
+    calls = []
+
+    def evaluate(model, tasks, split, limit, batch_size, predictions, out):
+        calls.append((model, tasks, split, limit, batch_size, predictions, out))
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    flags = (
+        "--model a --tasks b meld=c --split d --limit 5 --batch-size 6 --predictions e=f --out g"
     )
+    tyro.cli(evaluation.main, args=flags.split())
+    tyro.cli(evaluation.main, args=[])
+    assert calls[0] == ("a", ("b", "meld=c"), "d", 5, 6, ("e=f",), "g")
+    assert calls[1] == ("toy/diva", ("toy/tasks",), None, 0, 64, (), None)
+
+
+def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
+    tasks = {"a": manifest(tmp_path, 30), "b": OWN}
+    few = made_up(tasks, limit=5)
+    assert few.found["limit"] == 5
+    assert {name: part["n"] for name, part in few.found["tasks"].items()} == {"a": 5, "b": 5}
+    ids = [line["id"] for line in read_lines(few.folder / "predictions.jsonl")]
+    drawn = evaluation.sample(list(map(str, range(30))), 5)
+    assert ids == [name for name in drawn for _ in SYSTEMS] * 2
+    assert made_up(tasks, limit=5).told == []
+    more = made_up(tasks)  # without it, only the others are asked
+    assert len(more.told) == 2 * 4 * (30 - 5) and more.found["tasks"]["a"]["n"] == 30
+    assert made_up(tasks, limit=99).found["tasks"] == more.found["tasks"]
+
+
+def test_only_what_changed_is_asked_again(tmp_path, made_up):
+    """Another prompt of one task; other references change scores, but no answer."""
+    tasks = {"a": manifest(tmp_path, 4), "b": OWN}
+    assert len(made_up(tasks).told) == 4 * 8
+    other = made_up(tasks | {"b": OWN | {"prompt": "Say it again."}})
+    assert sorted(other.told) == sorted((i, s) for i in range(4, 8) for s in SYSTEMS)
+    assert made_up(tasks).told == [], "the answers to the first prompt are still there"
+    manifest(tmp_path, 4, answer=["red", "blue"])
+    run = made_up(tasks)
+    assert run.told == []
+    assert run.found["tasks"]["a"]["metrics"]["f1"]["diva"]["score"] == 50
+    (tmp_path / "model/model.safetensors").write_text("other weights")
+    assert len(made_up(tasks).told) == 4 * 8
+    assert len(read_lines(run.folder / "predictions.jsonl")) == 4 * 8
+
+
+def test_what_gave_no_answer_is_asked_again_and_counts_as_wrong_until_then(tmp_path, made_up):
+    tasks = {"qa": manifest(tmp_path, 4)}
+
+    def half(system, question):
+        return None if question.audio.endswith("1.wav") and system != "text" else "red"
+
+    run = made_up(tasks, half)
+    clip = str(tmp_path / "1.wav")
+    assert run.found["errors"] == {clip: "no reason"}
+    part = run.found["tasks"]["qa"]
+    assert part["n"] == 4 and part["errors"] == {s: int(s in HEARING) for s in SYSTEMS}
+    scores = {s: entry["score"] for s, entry in part["metrics"]["f1"].items()}
+    assert scores == {s: 75 if s in HEARING else 100 for s in SYSTEMS}
+    again = made_up(tasks)
+    assert sorted(again.told) == [(1, "cascade"), (1, "diva"), (1, "untrained")]
+    assert again.found["errors"] == {} and again.found["tasks"]["qa"]["errors"]["diva"] == 0
+    assert again.found["tasks"]["qa"]["metrics"]["f1"]["diva"]["score"] == 100
+
+
+def test_other_systems_stand_beside_ours_in_every_file(tmp_path, made_up, capsys):
+    """Five and six systems: in the scores, the table, the cases, the page; not among our lines."""
+    entry = manifest(tmp_path, 3, group=["usa", "gbr"])
+    mood = OWN | {"labels": ["Blue", "Red"], "metrics": ["accuracy"]}
+    tasks = {"qa": entry | {"metrics": ["f1", "prompt_ignoring"]}, "mood": mood}
+    rows = [{"task": "qa", "id": str(n), "answer": "dark red"} for n in range(3)]
+    rows += [{"task": "mood", "id": "0", "answer": "RED."}]
+    rows += [{"task": "mood", "id": "1", "answer": "It sounds red"}]
+    first = write_lines(tmp_path / "first.jsonl", rows)
+    second = write_lines(tmp_path / "second.jsonl", rows[:1])
+    made_up(tasks, lambda *_: "blue", out=tmp_path / "before")
+    sources = [f"first={first}", f"second={second}"]
+    sources += [f"before={tmp_path}/before/predictions.jsonl"]
+    run = made_up(tasks, predictions=sources)
+    names = [*SYSTEMS, "first", "second", "before"]
+    assert run.found["systems"] == names
+    qa, moods = run.found["tasks"]["qa"], run.found["tasks"]["mood"]
+    entries = [*qa["metrics"].values(), *moods["metrics"].values()]
+    entries += [part["f1"] for part in qa["groups"].values()]
+    assert all(list(entry) == names for entry in entries) and len(qa["groups"]) == 2
+    scores = {name: round(e["score"], 1) for name, e in qa["metrics"]["f1"].items()}
+    assert scores == dict.fromkeys(SYSTEMS, 100) | {"first": 66.7, "second": 22.2, "before": 0}
+    assert qa["errors"]["second"] == 2 and moods["errors"]["second"] == 3
+    predicted = moods["predicted"]
+    assert predicted["first"] == {"Blue": 0, "Red": 1, "other": 1, "no answer": 1}
+    assert predicted["before"] == {"Blue": 3, "Red": 0, "other": 0, "no answer": 0}
+    assert moods["metrics"]["accuracy"]["first"]["score"] == pytest.approx(100 / 3)
+    assert len(read_lines(run.folder / "predictions.jsonl")) == 4 * 6
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    cases = (run.folder / "cases.tsv").read_text().split("\n")[1:-1]
+    assert [line.split("\t")[2] for line in cases] == names * 3
+    page = (run.folder / "report.html").read_text()
+    assert json.dumps(names) in page and "It sounds red" in page
+
+
+def test_a_name_given_to_two_files_is_refused(tmp_path, made_up):
+    """One of them would silently be left out."""
+    tasks = {"qa": manifest(tmp_path, 1)}
+    row = {"task": "qa", "id": "0", "answer": "red"}
+    files = [write_lines(tmp_path / f"{n}.jsonl", [row]) for n in range(2)]
+    with pytest.raises(ValueError, match=r"--predictions .*other"):
+        made_up(tasks, predictions=[f"other={file}" for file in files])
+
+
+def test_every_task_is_scored_by_its_own_items(tmp_path, made_up):
+    """Two tasks over the same clips, answered differently; in predictions.jsonl each score stands
+    with its answer."""
+    tasks = {"a": manifest(tmp_path, 3), "b": OWN | {"prompt": "Other.", "metrics": ["wer"]}}
+
+    def say(system, question):
+        n = int(Path(question.audio).stem)
+        if question.ask.prompt == "Other.":
+            return "red " * (n + SYSTEMS.index(system))
+        return "red" if n <= SYSTEMS.index(system) else "blue"
+
+    run = made_up(tasks, say)
+    found = {name: part["metrics"] for name, part in run.found["tasks"].items()}
+    for y, system in enumerate(SYSTEMS):
+        assert found["a"]["f1"][system]["score"] == pytest.approx(min(100, 100 * (y + 1) / 3))
+        errors = sum(abs(n + y - 1) for n in range(3))
+        assert found["b"]["wer"][system]["score"] == pytest.approx(100 * errors / 3)
+    for line in read_lines(run.folder / "predictions.jsonl"):
+        n, y = int(line["id"]), SYSTEMS.index(line["system"])
+        wanted = (
+            {"f1": 100.0 * (n <= y)} if line["task"] == "a" else {"wer": 100.0 * abs(n + y - 1)}
+        )
+        assert line["scores"] == pytest.approx(wanted), line
+
+
+def test_a_task_of_which_no_metric_can_be_counted_is_named(tmp_path, made_up, monkeypatch):
+    """Instead of an end without a word when all answers are there."""
+    entry = manifest(tmp_path, 2) | {"metrics": ["pedant"]}
+    monkeypatch.setattr(evaluation.metrics, "judge", lambda: None)
+    with pytest.raises(ValueError, match="qa"):
+        made_up({"qa": entry})
+
+
+# ---------------------------------------------------------------------- the whole, in the universe
+
+TEXTS = (
+    *("what is the colour of the sun", "what is one", "is it good") * 2,
+    *("the dog is red", "the cat is blue", "the sun is it", "good moon"),
+    *("good dog", "what cat is it", "the moon is green", "sun"),
+    *("say two", "three dog four", "one"),
+)
+LABELS = ("red", "green", "blue", "sun")
+TASKS = {
+    "spoken_qa": {"path": "qa.jsonl", "prompt": "say what it is", "max_new_tokens": 6}
+    | {"metrics": ["exact_match", "f1", "prompt_ignoring"]},
+    "translation": {"path": "translation.jsonl", "prompt": "say it in {language}"}
+    | {"metrics": ["bleu", "chrf"], "max_new_tokens": 9},
+    "emotion": {"path": "emotion.jsonl", "prompt": "what colour is the moon", "labels": LABELS}
+    | {"metrics": ["accuracy", "weighted_f1"]},
+    "repeat": {"path": "repeat.jsonl", "prompt": None, "metrics": ["wer"], "max_new_tokens": 6},
+}
+CLIPS = dict(zip(TASKS, (range(6), range(6, 10), range(10, 14), range(14, 17)), strict=True))
+ITEMS = sum(map(len, CLIPS.values()))
+
+
+def write_universe(folder: Path, answers: Callable[[str, int], str]) -> Path:
+    """tasks.json and a manifest for each task; answers(task, number of the clip)."""
+    for task, numbers in CLIPS.items():
+        rows = []
+        for n in numbers:
+            more = {"spoken_qa": {"group": "ab"[n % 2]}}
+            more["translation"] = {"language": ("de", "tr")[n % 2]}
+            row = {"audio": f"{n}.wav", "id": f"clip {n}", "text": TEXTS[n]} | more.get(task, {})
+            rows.append(row | {"answer": answers(task, n)})
+        write_lines(folder / TASKS[task]["path"], rows)
+    return write_tasks(folder, {name: {"suite": "manifest"} | task for name, task in TASKS.items()})
 
 
 @pytest.fixture(scope="module")
-def spoilt(root) -> tuple[Path, list[str]]:
-    """A copy of the tasks in which four clips cannot be decoded, each for a reason of its own."""
-    folder = shutil.copytree(root / "tasks", root / "spoilt")
-    (folder / "0.wav").write_bytes(b"RIFF, but not really")
-    (folder / "4.wav").unlink()
-    soundfile.write(folder / "7.wav", np.zeros(WINDOW + 1), 16000)
-    soundfile.write(folder / "11.wav", np.zeros(0), 16000)
-    return folder, [str(folder / f"{n}.wav") for n in (0, 4, 7, 11)]
+def root(tmp_path_factory) -> Iterator[Path]:
+    """whisper/, llama/ and diva/ in the published layouts, tasks/ with the clips."""
+    with universe.compiled_fast():
+        root = tmp_path_factory.mktemp("universe")
+        universe.build(root)
+        universe.write_clips(root / "tasks", len(TEXTS))
+        yield root
 
 
-def test_clips_that_cannot_be_decoded_count_as_wrong_and_are_listed(
-    root, spoilt, tasks, expected, capsys
-):
-    """The run goes on; each is named with its reason; all other clips get their own answers."""
-    folder, bad = spoilt
-    answers = []
-    plain = evaluation.answer
+@contextlib.contextmanager
+def counting(most: int | None = None) -> Iterator[list[tuple[int, str]]]:
+    """The answers that are asked for; after `most` of them, someone presses Ctrl+C."""
+    told, plain = [], systems.answer
+
+    def counted(models, questions, lacking, heard, batch_size, tell):
+        def count(i, system, answer, note):
+            if len(told) == most:
+                raise KeyboardInterrupt
+            told.append((i, system))
+            tell(i, system, answer, note)
+
+        plain(models, questions, lacking, heard, batch_size, count)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            evaluation, "answer", lambda *args: answers.append(plain(*args)) or answers[0]
-        )
-        report = evaluation.evaluate(root / "diva", folder, batch_size=4)
-    items = evaluation.read_items(folder, "test", tasks)
-    for system in ("untrained", "diva", "cascade"):
-        for item, reply, said in zip(items, answers[0][0][system], expected, strict=True):
-            assert reply == (None if item.audio in bad else said[system]), (system, item)
-    assert answers[0][0]["text"] == [said["text"] for said in expected]
-    assert sorted(report["errors"]) == sorted(bad)
-    reasons = dict(zip(bad, ("not audio", "missing", "window", "no samples"), strict=True))
-    assert all(reason in report["errors"][clip] for clip, reason in reasons.items())
-    counted = {name: systems["diva"]["errors"] for name, systems in report["tasks"].items()}
-    assert counted["spoken_qa"] == 2 and counted["translation"] == counted["emotion"] == 1
-    assert {name: systems["diva"]["n"] for name, systems in report["tasks"].items()} == METRICS
+        patch.setattr(systems, "answer", counted)
+        yield told
+
+
+@pytest.fixture(scope="module")
+def first(root) -> Path:
+    """predictions.jsonl of a run over the universe; the references tell nothing yet."""
+    write_universe(root / "tasks", lambda task, n: "red")
+    with counting() as told, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "chart", lambda *_: None)
+        evaluation.evaluate(root / "diva", [root / "tasks"], batch_size=4, out=root / "first")
+    assert sorted(told) == sorted((i, system) for i in range(ITEMS) for system in SYSTEMS)
+    return root / "first/predictions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def known(root, first) -> Path:
+    """The same clips, with references from the answers: for each system some that it says."""
+    said = {
+        (line["task"], line["id"], line["system"]): line["answer"] for line in read_lines(first)
+    }
+
+    def answers(task: str, n: int) -> str:
+        wanted = SYSTEMS[n % 4]
+        return said[task, f"clip {n}", wanted] or "one two"
+
+    folder = shutil.copytree(root / "tasks", root / "known")
+    return write_universe(folder, answers)
+
+
+@pytest.fixture(scope="module")
+def whole(root, known) -> Run:
+    """An evaluation that nothing disturbs, with everything that it writes."""
+    with counting() as told:
+        found = evaluation.evaluate(root / "diva", [known], batch_size=4, out=root / "whole")
+    return Run(found, root / "whole", told)
+
+
+def words(text: str | None) -> list[str]:
+    """Without the article, which SQuAD's comparison does not count; the universe has one."""
+    return [word for word in (text or "").split() if word != "the"]
+
+
+@functools.cache
+def slow_edits(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """The definition, tried in every way."""
+    if not a or not b:
+        return len(a) + len(b)
+    change = slow_edits(a[1:], b[1:]) + (a[0] != b[0])
+    return min(change, slow_edits(a[1:], b) + 1, slow_edits(a, b[1:]) + 1)
+
+
+def slow_f1(said: list[str], wanted: list[str]) -> float:
+    common = sum(min(said.count(word), wanted.count(word)) for word in set(said))
+    return 2 * common / (len(said) + len(wanted)) if said and wanted else float(said == wanted)
+
+
+def slow_weighted_f1(pairs: list[tuple[str, str]]) -> float:
+    total = 0.0
+    for label in LABELS:
+        hits = sum(said == wanted == label for said, wanted in pairs)
+        said, wanted = (sum(pair[k] == label for pair in pairs) for k in range(2))
+        total += wanted * 2 * hits / max(1, said + wanted)
+    return total / len(pairs)
+
+
+def test_the_scores_are_those_of_the_answers_on_disk(whole):
+    """Counted here, BLEU and chrF by sacrebleu; every system has some that it alone has right."""
+    assert json.loads((whole.folder / "eval.json").read_text(encoding="utf-8")) == whole.found
+    lines, scores = read_lines(whole.folder / "predictions.jsonl"), []
+    assert len(lines) == 4 * ITEMS
+    metrics = {name: part["metrics"] for name, part in whole.found["tasks"].items()}
+    for system in SYSTEMS:
+        pairs = {
+            task: [
+                (line["answer"], line["references"][0])
+                for line in lines
+                if (line["system"], line["task"]) == (system, task)
+            ]
+            for task in TASKS
+        }
+        asked = [(words(a), words(b)) for a, b in pairs["spoken_qa"]]
+        repeated = [(tuple(a.split()), tuple(b.split())) for a, b in pairs["repeat"]]
+        errors = sum(slow_edits(a, b) for a, b in repeated)
+        length = sum(len(b) for _, b in repeated)
+        wanted = {
+            ("spoken_qa", "exact_match"): np.mean([a == b for a, b in asked]),
+            ("spoken_qa", "f1"): np.mean([slow_f1(a, b) for a, b in asked]),
+            ("emotion", "accuracy"): np.mean([a == b for a, b in pairs["emotion"]]),
+            ("emotion", "weighted_f1"): slow_weighted_f1(pairs["emotion"]),
+            ("repeat", "wer"): errors / length,
+        }
+        for name, scorer in (("bleu", BLEU()), ("chrf", CHRF())):
+            corpora = [pairs["translation"][k::2] for k in range(2)]
+            each = [
+                scorer.corpus_score([a for a, _ in corpus], [[b for _, b in corpus]]).score
+                for corpus in corpora
+            ]
+            wanted["translation", name] = np.mean(each) / 100
+        for (task, metric), score in wanted.items():
+            found = metrics[task][metric][system]
+            assert found["score"] == pytest.approx(100 * score), (system, task, metric)
+            assert found["n"] == len(CLIPS[task])
+        scores.append([*wanted.values()])
+    assert len({*map(tuple, scores)}) == 4 and np.ptp(scores, 0).all(), "all systems score alike"
+
+
+def test_groups_of_the_universe_are_scored_by_their_own_clips(whole):
+    lines = read_lines(whole.folder / "predictions.jsonl")
+    groups = whole.found["tasks"]["spoken_qa"]["groups"]
+    assert list(groups) == ["a", "b"]
+    assert whole.found["tasks"]["translation"]["groups"] == {}, "languages are no groups"
+    for group, part in groups.items():
+        for system in SYSTEMS:
+            scores = [
+                slow_f1(words(line["answer"]), words(line["references"][0]))
+                for line in lines
+                if (line["task"], line["system"], line["group"]) == ("spoken_qa", system, group)
+            ]
+            assert part["f1"][system]["n"] == len(scores) == 3
+            assert part["f1"][system]["score"] == pytest.approx(100 * np.mean(scores))
+
+
+def test_each_line_says_what_was_asked_and_heard(whole):
+    lines = read_lines(whole.folder / "predictions.jsonl")
+    assert [line["system"] for line in lines] == list(SYSTEMS) * ITEMS
+    assert [line["id"] for line in lines[::4]] == [f"clip {n}" for n in range(ITEMS)]
+    prompts = {line["prompt"] for line in lines if line["task"] == "translation"}
+    assert prompts == {"say it in German", "say it in Turkish"}
+    for diva, cascade in zip(lines[1::4], lines[2::4], strict=True):
+        assert diva["heard"] == cascade["heard"] != ""
+    assert all("heard" not in line for line in lines[::4] + lines[3::4])
+
+
+def test_a_repeated_run_loads_no_model_and_finds_the_same(
+    root, known, whole, monkeypatch, no_charts
+):
+    monkeypatch.setattr(systems.Models, "load", lambda *_: pytest.fail("a model was loaded"))
+    out = shutil.copytree(whole.folder, root / "again")
+    found = evaluation.evaluate(root / "diva", [known], batch_size=4, out=out)
+    assert found["tasks"] == whole.found["tasks"] and found["errors"] == {}
+    lines = (whole.folder / "predictions.jsonl").read_text(encoding="utf-8")
+    assert (out / "predictions.jsonl").read_text(encoding="utf-8") == lines
+
+
+@pytest.mark.parametrize("told_first", [1, 23, 53])
+def test_a_run_that_is_stopped_goes_on_with_what_is_missing(
+    root, known, whole, no_charts, told_first
+):
+    """And ends as if it had never been stopped: within the speech, and within the texts."""
+    out = root / f"stopped {told_first}"
+    with counting(told_first) as before, pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(root / "diva", [known], batch_size=4, out=out)
+    assert len(read_lines(out / "predictions.jsonl")) == told_first
+    assert not (out / "eval.json").exists()
+    with counting() as after:
+        found = evaluation.evaluate(root / "diva", [known], batch_size=4, out=out)
+    assert len(before) == told_first and not set(before) & set(after)
+    assert sorted(before + after) == sorted((i, s) for i in range(ITEMS) for s in SYSTEMS)
+    assert found["tasks"] == whole.found["tasks"]
+    assert read_lines(out / "predictions.jsonl") == read_lines(whole.folder / "predictions.jsonl")
+
+
+def test_answers_are_the_same_every_time_and_in_batches_of_any_size(root, known, whole, no_charts):
+    with counting() as told:
+        evaluation.evaluate(root / "diva", [known], batch_size=99, out=root / "large")
+    assert len(told) == 4 * ITEMS
+    answers = [
+        [(line["key"], line["answer"], line.get("heard")) for line in read_lines(folder)]
+        for folder in (root / "large/predictions.jsonl", whole.folder / "predictions.jsonl")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_clips_that_cannot_be_decoded_count_as_wrong_and_are_listed(root, whole, no_charts, capsys):
+    """The run goes on, each is named with its reason, all others get their own answers; a clip
+    that has been mended is asked for again, and it alone."""
+    folder = shutil.copytree(root / "known", root / "spoilt")
+    (folder / "0.wav").write_bytes(b"RIFF, but not really")
+    (folder / "6.wav").unlink()
+    soundfile.write(folder / "10.wav", np.zeros(universe.WINDOW + 1), 16000)
+    soundfile.write(folder / "11.wav", np.zeros(0), 16000)
+    bad = {str(folder / f"{n}.wav") for n in (0, 6, 10, 11)}
+    out = root / "spoilt out"
+    found = evaluation.evaluate(root / "diva", [folder], batch_size=4, out=out)
     shown = capsys.readouterr()
+
+    assert found["errors"].keys() == bad
+    reasons = {"0.wav": "not audio", "6.wav": "missing", "10.wav": "window", "11.wav": "no samples"}
+    for name, reason in reasons.items():
+        assert reason in found["errors"][str(folder / name)]
+        assert f"counted as wrong: {folder / name}" in shown.out + shown.err
     assert "4 clips could not be decoded" in shown.out
-    assert all(f"counted as wrong: {clip}" in shown.out + shown.err for clip in bad)
+    old = {line["key"]: line for line in read_lines(whole.folder / "predictions.jsonl")}
+    lines = read_lines(out / "predictions.jsonl")
+    assert len(lines) == len(old) == 4 * ITEMS
+    for line in lines:
+        lost = line["audio"] in bad and line["system"] in HEARING
+        assert line["answer"] == (None if lost else old[line["key"]]["answer"]), line
+        assert ("error" in line) == lost and not (lost and "heard" in line)
+        if lost:
+            assert line["scores"].get("accuracy", 0) == line["scores"].get("exact_match", 0) == 0
+    lost = {"spoken_qa": 1, "translation": 1, "emotion": 2, "repeat": 0}
+    for name, part in found["tasks"].items():
+        assert part["n"] == len(CLIPS[name])
+        assert part["errors"] == {s: lost[name] * (s in HEARING) for s in SYSTEMS}
+        assert {e["n"] for entries in part["metrics"].values() for e in entries.values()} == {
+            len(CLIPS[name])
+        }
+    for system, counts in found["tasks"]["emotion"]["predicted"].items():
+        said = [line["answer"] for line in lines if line["task"] == "emotion"]
+        said = said[SYSTEMS.index(system) :: 4]
+        assert counts["no answer"] == (2 if system in HEARING else 0) and sum(counts.values()) == 4
+        assert [counts[label] for label in LABELS] == [said.count(label) for label in LABELS]
+    accuracy = found["tasks"]["emotion"]["metrics"]["accuracy"]
+    for y, system in enumerate(SYSTEMS):
+        some = [line for line in lines if line["task"] == "emotion"][y::4]
+        right = sum(line["answer"] == line["references"][0] for line in some)
+        assert accuracy[system]["score"] == 25 * right
+
+    shutil.copy(root / "known/6.wav", folder / "6.wav")
+    with counting() as told:
+        mended = evaluation.evaluate(root / "diva", [folder], batch_size=4, out=out)
+    assert sorted(told) == sorted((i, system) for i in (0, 6, 10, 11) for system in HEARING)
+    assert mended["errors"].keys() == bad - {str(folder / "6.wav")}
+    assert mended["tasks"]["translation"] == whole.found["tasks"]["translation"]
 
 
-def test_a_task_of_which_no_clip_can_be_decoded_scores_zero(root, parts, tasks, tmp_path):
-    rows = [GOOD | {"audio": f"{n}.wav", "answer": ""} for n in range(5)]
-    write_tasks(tmp_path, rows)
-    items = evaluation.read_items(tmp_path, "test", {"spoken_qa": tasks["spoken_qa"]})
-    answers, failed = evaluation.answer(parts, tasks, items, batch_size=4)
-    assert len(failed) == 5 and answers["diva"] == [None] * 5
-    entry = evaluation.score(tasks, items, answers)["spoken_qa"]["diva"]
-    assert (entry["score"], entry["errors"], entry["n"]) == (0.0, 5, 5)
-
-
-# ---------------------------------------------------------------------------------------- the table
-
-
-def test_the_table_has_a_row_for_every_task_and_accent(report, capsys):
-    text = evaluation.table(report)
-    assert max(map(len, text.splitlines())) <= 100
-    names = [line[:24].strip() for line in text.splitlines()]
-    for name, systems in report["tasks"].items():
-        line = text.splitlines()[names.index(name)]
-        cells = line[24:].replace("*", " ").split()
-        scale = 1 if name == "translation_bleu" else 100
-        wanted = [f"{scale * systems[system]['score']:.1f}" for system in evaluation.SYSTEMS]
-        assert cells[::2] == wanted, line
-        low, high = (scale * systems["text"][key] for key in ("low", "high"))
-        assert cells[-1] == f"{low:.1f}-{high:.1f}", line
-    at = names.index("spoken_qa")
-    assert names[at + 1 : at + 3] == ["England English", "Scottish English"]
-    header = text.splitlines()[0].split()
-    assert header == ["untrained", "diva", "cascade", "text"]
-    assert all(f"emotion as {system} names it: red " in text for system in header)
-
-
-def entry_of(score: float, p: float | None = 1.0, **more) -> dict:
-    entry = {"score": score, "low": 0.97 * score, "high": 1.03 * score, "n": 4} | more
-    return entry | ({} if p is None else {"p": p})
-
-
-def test_the_table_marks_what_differs_and_stays_narrow_for_extreme_scores():
-    """64 words for one are 6,400 %; accents may have long names and labels be many."""
-    counts = {f"label{n}": n for n in range(40)}
-    accent = {"A very long name of an accent that nobody uses": entry_of(1.0)}
-    rows = {
-        "spoken_qa": entry_of(1.0, accents=accent),
-        "repeat_wer": entry_of(64.0),
-        "emotion": entry_of(0.5, predicted=counts),
-    }
-    systems = {name: dict.fromkeys(evaluation.SYSTEMS, entry) for name, entry in rows.items()}
-    systems["emotion"] = systems["emotion"] | {
-        "cascade": entry_of(0.4, p=0.049, predicted=counts),
-        "text": entry_of(0.4, p=0.05, predicted=counts),
-    }
-    lines = evaluation.table({"tasks": systems, "errors": {}}).splitlines()
-    assert max(map(len, lines)) <= 100, max(lines, key=len)
-    emotion = next(line for line in lines if line.startswith("emotion "))
-    assert emotion.count("*") == 1 and "40.0* 38.8-41.2" in emotion
-    assert "  A very long name of an " in "\n".join(lines)
-    assert sum(line.count("label39 39") for line in lines) == 4
-    wide = next(line for line in lines if line.startswith("repeat_wer "))
-    assert wide.split()[1:3] == ["6400.0", "6208-6592"]
+def test_without_a_transcript_the_upper_bound_alone_is_wrong(root, first, no_charts):
+    tasks = write_universe(root / "untold", lambda task, n: "red")
+    for name in TASKS:
+        rows = read_lines(tasks / TASKS[name]["path"])
+        for row in rows:
+            del row["text"]
+            row["audio"] = f"../tasks/{row['audio']}"
+        write_lines(tasks / TASKS[name]["path"], rows)
+    out = root / "untold out"
+    found = evaluation.evaluate(root / "diva", [tasks], batch_size=4, out=out)
+    old = {(line["id"], line["system"]): line["answer"] for line in read_lines(first)}
+    for line in read_lines(out / "predictions.jsonl"):
+        told = line["system"] == "text"
+        assert line["answer"] == (None if told else old[line["id"], line["system"]])
+    assert found["errors"] == {}, "the clips are fine"
+    assert found["tasks"]["emotion"]["errors"] == {s: 4 * (s == "text") for s in SYSTEMS}
