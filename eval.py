@@ -34,6 +34,9 @@ import systems
 import weights
 from systems import SYSTEMS, Ask
 
+PATHS = {"audio", "common_voice", "unpack"}  # those of the readers' options that are paths
+NO_LABELS = ("other", "no answer")  # what histograms call answers that are none of the labels
+
 # ---------------------------------------------------------------------------------------------
 # Tasks
 
@@ -97,62 +100,46 @@ def read_tasks(sources: Sequence[str | Path], split: str | None = None) -> dict[
 
 
 def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | None) -> Task:
-    kinds = {"path": str, "suite": str, "prompt": str, "metrics": list, "labels": list}
-    kinds |= {"label_score": str, "max_new_tokens": int}
+    if not name or "/" in name or "\\" in name or name in (".", ".."):
+        raise ValueError(f"{where}: expected a name that a file can have: charts are called so.")
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise ValueError(
-            f'{where}: {entry!r}; expected an object with "path": where the clips are.'
-        )
+        raise ValueError(f'{where}: {entry!r}; expected an object with "path", where clips are.')
     suite_name = entry.get("suite", name)
-    if suite_name not in suites.SUITES:
+    if not isinstance(suite_name, str) or suite_name not in suites.SUITES:
         raise ValueError(
             f"{where}: unknown suite {suite_name!r}; expected one of {', '.join(suites.SUITES)} "
             '(for a JSONL file of your own: "suite": "manifest").'
         )
     suite = suites.SUITES[suite_name]
-    known = {"metrics": list(suite.metrics), "labels": list(suite.labels), "prompt": suite.prompt}
-    options = {key: value for key, value in entry.items() if key not in kinds}
-    settings = known | {key: value for key, value in entry.items() if key in kinds}
+    known = {"path": "", "suite": "", "prompt": suite.prompt, "metrics": [*suite.metrics]}
+    known |= {"labels": [*suite.labels], "label_score": "first_token", "max_new_tokens": 64}
+    settings = known | {key: value for key, value in entry.items() if key in known}
+    options = {key: value for key, value in entry.items() if key not in known}
     takes = list(inspect.signature(suite.read).parameters)[1:]
     if strange := options.keys() - takes:
         raise ValueError(
             f"{where}: unknown {', '.join(sorted(strange))}; expected only "
-            f"{', '.join([*kinds, *takes])}."
+            f"{', '.join([*known, *takes])}."
         )
-    wrong = [
-        f"{key} {settings[key]!r}"
-        for key, kind in kinds.items()
-        if key in settings
-        and not (isinstance(settings[key], kind) or (key == "prompt" and settings[key] is None))
-    ]
-    wrong += [f"metric {m!r}" for m in settings["metrics"] if m not in metrics.METRICS]
-    if "weighted_f1" in settings["metrics"] and not settings["labels"]:
-        wrong.append("weighted_f1 without labels")
-    wrong += [f"label {label!r}" for label in settings["labels"] if not isinstance(label, str)]
-    if settings.get("label_score", "first_token") not in systems.LABEL_SCORES:
-        wrong.append(f"label_score {settings['label_score']!r}")
-    if wrong or not settings["metrics"]:
+    if wrong := [*_wrong(settings), *_wrong_paths(options)]:
         raise ValueError(
-            f"{where}: {', '.join(wrong) or 'no metrics'}; expected a text as prompt (or null), "
-            f"labels (a list of texts), metrics from {', '.join(metrics.METRICS)}, label_score "
-            f"{' or '.join(systems.LABEL_SCORES)}, max_new_tokens a whole number."
+            f"{where}: {', '.join(wrong)}; expected a text as prompt (or null), labels (a list of "
+            f"texts), metrics from {', '.join(metrics.METRICS)}, label_score "
+            f"{' or '.join(systems.LABEL_SCORES)}, max_new_tokens a whole number above 0."
         )
     if split is not None and "split" in takes:
         options["split"] = split
-    options = {
-        # paths among the reader's options are relative to the file, like the path itself
-        key: str(folder / value) if key in ("audio", "common_voice", "unpack") else value
-        for key, value in options.items()
-    }
+    for key in options.keys() & PATHS:  # relative to the file, like the path itself
+        options[key] = str(folder / options[key])
     examples = suite.read(folder / settings.pop("path"), **options)
     settings |= {"suite": suite_name, "examples": examples}
     settings |= {key: tuple(settings[key]) for key in ("metrics", "labels")}
     task = Task(**settings)
     labels = [metrics.normalise(label) for label in task.labels]
-    if len({*labels}) < len(labels):
+    if len({*labels, *NO_LABELS}) < len(labels) + len(NO_LABELS):
         raise ValueError(
-            f"{where}: labels {', '.join(task.labels)} are the same but for case and punctuation; "
-            "expected labels that differ in letters or digits. Rename some."
+            f"{where}: labels {', '.join(task.labels)}; expected labels that differ in more than "
+            f"case and punctuation, and none called {' or '.join(NO_LABELS)}. Rename some."
         )
     for example in examples:
         if labels and metrics.normalise(example.answers[0]) not in labels:
@@ -166,6 +153,32 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
                 f"of {', '.join(suites.LANGUAGES)}."
             )
     return task
+
+
+def _wrong(settings: dict[str, Any]) -> list[str]:
+    """The settings that cannot be, each with its value."""
+    prompt, labels, names = settings["prompt"], settings["labels"], settings["metrics"]
+    wrong = [] if prompt is None or isinstance(prompt, str) else [f"prompt {prompt!r}"]
+    if not isinstance(labels, list):
+        wrong.append(f"labels {labels!r}")
+    else:
+        wrong += [f"label {label!r}" for label in labels if not isinstance(label, str)]
+    if not isinstance(names, list):
+        wrong.append(f"metrics {names!r}")
+    else:
+        wrong += ["no metrics"] if not names else []
+        wrong += [f"metric {name!r}" for name in names if name not in list(metrics.METRICS)]
+        wrong += ["weighted_f1 without labels"] if "weighted_f1" in names and not labels else []
+    if settings["label_score"] not in systems.LABEL_SCORES:
+        wrong.append(f"label_score {settings['label_score']!r}")
+    most = settings["max_new_tokens"]
+    if type(most) is not int or most < 1:  # bool is an int, too
+        wrong.append(f"max_new_tokens {most!r}")
+    return wrong
+
+
+def _wrong_paths(options: dict[str, Any]) -> list[str]:
+    return [f"{k} {v!r}" for k, v in options.items() if k in PATHS and not isinstance(v, str)]
 
 
 def sample(items: Sequence, most: int) -> list:
@@ -190,7 +203,7 @@ class Predictions:
         self.lines: dict[str, dict] = {}
         self.stream: TextIO | None = None
         if file.is_file():
-            for text in file.read_text(encoding="utf-8").split("\n"):
+            for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     line = json.loads(text)
                     self.lines[line["key"]] = line
@@ -212,16 +225,23 @@ class Predictions:
         line = self.get(system, item)
         return line is None or line["answer"] is None
 
-    def tell(self, system: str, item: Item, answer: str | None, note: dict[str, str]) -> None:
-        """Add an answer and write it."""
+    def line(self, system: str, item: Item, said: dict[str, Any]) -> dict[str, Any]:
+        """All that is written of an answer; `said` has "answer" and maybe "heard" and "error"."""
         example = item.example
         line = {"key": self.key(system, item), "system": system, "task": item.task}
         line |= {"id": example.id, "group": example.group, "audio": example.audio}
-        line |= {"text": example.text, "prompt": item.ask.prompt, "answer": answer}
-        line |= note | {"references": list(example.answers)}
+        line |= {"text": example.text, "prompt": item.ask.prompt}
+        line |= {key: said[key] for key in ("answer", "heard", "error") if key in said}
+        return line | {"references": list(example.answers)}
+
+    def tell(self, system: str, item: Item, answer: str | None, note: dict[str, str]) -> None:
+        """Add an answer and write it."""
+        line = self.line(system, item, note | {"answer": answer})
         self.lines[line["key"]] = line
         if self.stream is None:
-            self.stream = self.file.open("a", encoding="utf-8")
+            self.stream = self.file.open("a+", encoding="utf-8", newline="\n")
+            if not self.file.read_bytes().endswith(b"\n") and self.file.stat().st_size:
+                self.stream.write("\n")  # behind what a killed run left half written
         self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.stream.flush()
 
@@ -232,7 +252,10 @@ class Predictions:
             self.stream.close()
             self.stream = None
         ours = {self.key(s, item): (s, i) for i, item in enumerate(items) for s in SYSTEMS}
-        first = [self.lines[key] | {"scores": scores[at]} for key, at in ours.items()]
+        first = [
+            self.line(system, items[i], self.lines[key]) | {"scores": scores[system, i]}
+            for key, (system, i) in ours.items()
+        ]
         rest = [
             line
             for key, line in self.lines.items()
@@ -267,9 +290,10 @@ def read_predictions(source: str, items: list[Item]) -> tuple[str, list[str | No
     found: dict[tuple[str, str], str | None] = {}
     for where, line in suites.json_lines(file):
         place, answer = (line.get("task"), line.get("id")), line.get("answer")
-        if line.get("system", "diva") != "diva":
-            continue
-        if not all(isinstance(x, str) for x in place) or not isinstance(answer, str | None):
+        if line.get("system", "diva") != "diva" or ("key" in line and place in found):
+            continue  # in a file of ours, what was answered to another prompt stands behind
+        texts = all(isinstance(x, str) for x in place) and isinstance(answer, str | None)
+        if not texts or "answer" not in line:
             raise ValueError(
                 f'{where}: expected "task" and "id" (texts, as in predictions.jsonl) and "answer" '
                 "(a text, or null if there was none). Correct the line."
@@ -324,6 +348,12 @@ def score_task(
             some = [len(example.answers) for example in examples if example.language == language]
             if text := metrics.signature(name, language, max(some)):
                 found["signatures"][f"{name} {language}".strip()] = text
+    if not found["metrics"]:
+        raise ValueError(
+            f"{items[0].task}: none of {', '.join(task.metrics)} can be computed of these clips; "
+            "expected at least one metric that applies (pedant needs its package). The answers are "
+            "kept: correct tasks.json and start again."
+        )
     for entry in found["metrics"].get("accuracy", {}).values():
         right = round(entry["score"] * len(items) / 100)
         entry["p_chance"] = significance.against_chance(right, len(items), len(task.labels) or 2)
@@ -380,7 +410,7 @@ def label_histogram(labels: Sequence[str], said: Sequence[str | None]) -> dict[s
         "no answer" if text is None else label_of.get(metrics.normalise(text), "other")
         for text in said
     )
-    return {name: counts[name] for name in [*labels, "other", "no answer"]}
+    return {name: counts[name] for name in [*labels, *NO_LABELS]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -411,6 +441,11 @@ def evaluate(
         for example in (sample(task.examples, limit) if limit else task.examples)
     ]
     others = dict(read_predictions(source, items) for source in predictions)
+    if len(others) < len(predictions):
+        raise ValueError(
+            f"--predictions {' '.join(predictions)}: a name comes twice, such as "
+            f"{next(iter(others))}; expected a name for each file."
+        )
     kept = Predictions(folder / "predictions.jsonl", fingerprint(home))
     lacking = [{system for system in SYSTEMS if kept.lacks(system, item)} for item in items]
     if any(lacking):

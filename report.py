@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import textwrap
 import urllib.parse
 from pathlib import Path
@@ -71,14 +72,14 @@ def table(found: dict[str, Any]) -> str:
         "and differs from each of them",
     ]
     lines = [*_histograms(found), *_chances(found), *_signatures(found), *_errors(found)]
-    published = _published(found)
-    return "\n".join(["\n\n".join(blocks), *notes, *lines, *published]).rstrip()
+    lines = [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ")]
+    return "\n".join(["\n\n".join(blocks), *notes, *lines, *_published(found)]).rstrip()
 
 
 def _rows(found: dict[str, Any], names: list[str]) -> list[str]:
     lines = [" " * NAME + "".join(f" {name[:18]:18}" for name in names).rstrip()]
     for task, part in found["tasks"].items():
-        lines.append(f"{task} ({part['n']})")
+        lines.append(f"{task[:80]} ({part['n']})")
         for metric, entries in part["metrics"].items():
             lines.append(_row(f" {metric}{_sign(metric)}", entries, names))
             if metric == headline(part):
@@ -94,8 +95,8 @@ def _row(name: str, entries: dict[str, dict], names: list[str]) -> str:
     for entry in (entries[name] for name in names):
         star = "!" if entry.get("best") else "*" if entry.get("p_permutation", 1) < ALPHA else " "
         # a word error rate has no upper end: 64 words said for one are 6,400 per cent
-        digits = 1 if entry["high"] < 1000 else 0
-        score, low, high = (f"{entry[key]:.{digits}f}" for key in ("score", "low", "high"))
+        form = ".1f" if entry["high"] < 1000 else ".0f" if entry["high"] < 10_000 else ".0e"
+        score, low, high = (f"{entry[key]:{form}}" for key in ("score", "low", "high"))
         cells.append(f" {score:>5}{star} {low + '-' + high:11}")
     return (f"{name[:NAME]:{NAME}}" + "".join(cells)).rstrip()
 
@@ -109,8 +110,7 @@ def _histograms(found: dict[str, Any]) -> list[str]:
     for task, part in found["tasks"].items():
         for system, counts in part.get("predicted", {}).items():
             said = ", ".join(f"{label} {n}" for label, n in counts.items() if n)
-            text = f"{task} as {system} names it: {said}"
-            lines += textwrap.wrap(text, 100, subsequent_indent="  ")
+            lines.append(f"{task} as {system} names it: {said}")
     return lines
 
 
@@ -177,16 +177,16 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     """Grouped bars of the headline by group, all systems, 95 % intervals, as file.png and .svg."""
     part = found["tasks"][task]
     metric = headline(part)
-    places = {group: entries[metric] for group, entries in part["groups"].items()}
-    places["all"] = part["metrics"][metric]
+    places = [(group, entries[metric]) for group, entries in part["groups"].items()]
+    places.append(("", part["metrics"][metric]))  # all of them
     published = {
         system: [
-            part.get("published", {}).get("" if p == "all" else p, {}).get(metric, {}).get(system)
-            for p in places
+            part.get("published", {}).get(group, {}).get(metric, {}).get(system)
+            for group, _ in places
         ]
         for system in PUBLISHED_SYSTEMS
     }
-    published = {name: values for name, values in published.items() if any(values)}
+    published = {name: some for name, some in published.items() if {*some} != {None}}
     bars = len(found["systems"]) + len(published)
     width, at = 0.8 / bars, np.arange(len(places))
     size = max(6.0, 1.2 * len(places) + 3), 4.2
@@ -194,11 +194,11 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     left = iter(at - 0.4 + width * (k + 0.5) for k in range(bars))
     more = itertools.cycle(MORE_COLOURS)
     for name in found["systems"]:
-        entries, x = [place[name] for place in places.values()], next(left)
+        entries, x = [place[name] for _, place in places], next(left)
         score, low, high = (np.array([e[key] for e in entries]) for key in ("score", "low", "high"))
         reach = np.maximum(0, [score - low, high - score])
         thin, colour = {"linewidth": 0.8}, COLOURS.get(name) or next(more)
-        axes.bar(x, score, width, label=name, color=colour, yerr=reach, error_kw=thin)
+        axes.bar(x, score, width, label=_plain(name), color=colour, yerr=reach, error_kw=thin)
         for place, entry in zip(x, entries, strict=True):
             if entry.get("best"):
                 axes.annotate("*", (place, entry["high"]), ha="center", fontsize=12)
@@ -206,9 +206,12 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
         look = {"color": "white", "edgecolor": next(more), "hatch": "////", "linewidth": 0.6}
         score = [np.nan if value is None else value for value in values]
         axes.bar(next(left), score, width, label=f"{name} (published, read off a chart)", **look)
-    axes.set_xticks(at, [textwrap.fill(place, 14) for place in places], fontsize=8)
+    groups = [textwrap.fill(_plain(group), 14) or "all" for group, _ in places]
+    axes.set_xticks(at, groups, fontsize=8)
     axes.set_ylabel(f"{metric}{_sign(metric) and ' (lower is better)'}")
-    axes.set_title(f"{task}: 95 % intervals; * best of all but text, p < {ALPHA}", fontsize=10)
+    axes.set_title(
+        f"{_plain(task)}: 95 % intervals; * best of all but text, p < {ALPHA}", fontsize=10
+    )
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
@@ -217,6 +220,12 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     for ending in ("png", "svg"):
         figure.savefig(file.with_name(f"{file.name}.{ending}"), dpi=120)
     plt.close(figure)
+
+
+def _plain(name: str) -> str:
+    """As matplotlib shows it: $ begins no formula, and a name that begins with _ is not hidden."""
+    name = name.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,10 +294,8 @@ def page(folder: Path, found: dict, items: list, answers: dict, scores: dict) ->
         "@SHOWN@": str(SHOWN),
         "@CONTENT@": content.replace("<", "\\u003c"),
     }
-    text = PAGE
-    for mark, part in parts.items():  # the content last: nothing in it is taken for a mark
-        text = text.replace(mark, part)
-    return text
+    # in one pass: nothing that is put in is taken for a mark
+    return re.sub("|".join(parts), lambda mark: parts[mark.group()], PAGE)
 
 
 PAGE = """<!doctype html>

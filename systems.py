@@ -163,8 +163,14 @@ class Responder:
         None if the LLM has too few positions for the text.
         """
         ids = {pair: self.chat.encode(pair[1]) for pair in asked}
-        room = self.llm.config.max_position_embeddings - self.max_new_tokens
-        long = {pair for pair in ids if len(ids[pair]) + sum(map(len, self.wraps[pair[0]])) > room}
+        most = self.llm.config.max_position_embeddings
+
+        def needed(ask: Ask, text: str) -> int:
+            """Positions of the prompt and of the longest answer."""
+            answers = map(len, self.labels[ask]) if ask.labels else [ask.max_new_tokens]
+            return len(ids[ask, text]) + sum(map(len, self.wraps[ask])) + max(answers)
+
+        long = {pair for pair in ids if needed(*pair) > most}
         if long:
             yield dict.fromkeys(long)
         order = sorted(ids.keys() - long, key=lambda pair: (len(ids[pair]), str(pair)))
@@ -318,19 +324,24 @@ def _answer_speech(
     clips = sorted(asked, key=lambda clip: [str(questions[i].ask) for i in asked[clip]])
     with tqdm(total=len(clips), unit="clip", desc="speech", disable=None) as bar:
         for some, audio, reasons in loaded(clips, responder.size, models.diva.window_samples):
-            for clip, reason in reasons.items():
-                for i in asked[clip]:
-                    for system in sorted(lacking[i] - {"text"}):
-                        tell(i, system, None, {"error": reason})
-            states = listen(models.diva, jnp.asarray(audio))
-            virtual = {name: speak(c, states) for name, c in models.connectors.items()}
-            texts = models.asr(jnp.asarray(audio))
+            for i in (i for clip in reasons for i in asked[clip]):
+                for system in sorted(
+                    lacking[i] - {"text"} - ({"cascade"} if i in heard else set())
+                ):
+                    tell(i, system, None, {"error": reasons[questions[i].audio]})
             rows = {i: row for row, clip in enumerate(some) for i in asked[clip]}
-            work = [i for i in rows if questions[i].audio not in reasons]
-            heard |= {i: texts[rows[i]] for i in work}
-            asks, places = [questions[i].ask for i in work], [rows[i] for i in work]
-            replies = responder.speech(asks, virtual, places)
-            for system, said in replies.items():
+            rows = {i: row for i, row in rows.items() if questions[i].audio not in reasons}
+            states = listen(models.diva, jnp.asarray(audio))
+            if any(i not in heard for i in rows):
+                texts = models.asr(jnp.asarray(audio))
+                heard |= {i: texts[row] for i, row in rows.items() if i not in heard}
+            for system, module in models.connectors.items():
+                work = [i for i in rows if system in lacking[i]]
+                if not work:
+                    continue
+                asks, places = [questions[i].ask for i in work], [rows[i] for i in work]
+                virtual = {system: speak(module, states)}
+                said = responder.speech(asks, virtual, places)[system]
                 for i, reply in zip(work, said, strict=True):
                     tell(i, system, reply, {"heard": heard[i]} if system == "diva" else {})
             bar.update(len(some))

@@ -160,12 +160,12 @@ def test_paths_are_relative_to_the_file_also_those_of_the_readers_options(tmp_pa
         return [clip()]
 
     monkeypatch.setitem(suites.SUITES, "fake", suites.Suite(read, "Say it.", ("f1",)))
-    options = {"audio": "wavs", "common_voice": "../cv", "unpack": "/scratch", "languages": ["de"]}
+    options = {"audio": "/wavs", "common_voice": "../cv", "unpack": "scratch", "languages": ["de"]}
     write_tasks(tmp_path / "deep", {"fake": {"path": "set", "split": "x"} | options})
     evaluation.read_tasks([tmp_path / "deep"])
     here = tmp_path / "deep"
-    wavs, voice = str(here / "wavs"), str(here / "../cv")
-    assert calls == [(here / "set", "x", wavs, voice, "/scratch", ["de"])]
+    voice, scratch = str(here / "../cv"), str(here / "scratch")
+    assert calls == [(here / "set", "x", "/wavs", voice, scratch, ["de"])]
     evaluation.read_tasks(["fake=set"])
     assert calls[1] == (Path("set"), "dev", None, None, None, ())
 
@@ -716,7 +716,7 @@ def translated() -> tuple[evaluation.Task, dict[str, list[str]]]:
         said += replies
     order = [3, 0, 4, 1, 2]  # languages mixed
     examples = [examples[n] for n in order]
-    task = evaluation.Task("covost", examples, "Into {language}.", ("bleu", "chrf"))
+    task = evaluation.Task("covost", examples, "Into {language}.", ("bleu", "chrf", "exact_match"))
     return task, {"diva": [said[n] for n in order], "text": ["eins"] * 5}
 
 
@@ -736,6 +736,8 @@ def test_translations_are_scored_by_language_and_then_averaged():
             assert found["groups"][code][name]["diva"]["score"] == pytest.approx(one), (code, name)
         entry = found["metrics"][name]["diva"]
         assert entry["low"] <= score <= entry["high"] and entry["n"] == 5
+    entry = found["metrics"]["exact_match"]["diva"]
+    assert entry["score"] == pytest.approx(100 * 2 / 5), "a share is one of all clips"
     signed = found["signatures"]
     assert list(signed) == ["bleu de", "bleu zh-CN", "chrf de", "chrf zh-CN"]
     assert "tok:13a" in signed["bleu de"] and "tok:zh" in signed["bleu zh-CN"]
@@ -893,10 +895,17 @@ def test_what_is_returned_is_what_stands_in_eval_json(tmp_path, made_up, capsys)
     assert json.loads(text) == run.found
     assert run.found.keys() == {*"model split limit systems errors tasks seconds".split()}
     assert run.found["model"] == str(run.folder) and run.found["systems"] == list(SYSTEMS)
-    assert run.found["split"] is None and made_up({"qa": OWN}, split="dev").found["split"] == "dev"
     assert report.table(run.found) in capsys.readouterr().out
     written = {path.name for path in run.folder.iterdir()}
     assert written >= {"eval.json", "predictions.jsonl", "report.html", "cases.tsv", "charts"}
+
+
+def test_the_split_of_the_command_is_the_one_that_is_scored(tmp_path, made_up):
+    for n, split in enumerate(("test", "dev"), 2):
+        write_lines(tmp_path / f"set/{split}.jsonl", [ROW] * n)
+    for split, n in ((None, 2), ("dev", 3)):
+        found = made_up({"qa": OWN | {"path": "set"}}, split=split).found
+        assert found["split"] == split and found["tasks"]["qa"]["n"] == n
 
 
 def test_results_go_where_they_are_wanted(tmp_path, made_up):
@@ -1281,6 +1290,21 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_missing(
     assert sorted(before + after) == sorted((i, s) for i in range(ITEMS) for s in SYSTEMS)
     assert found["tasks"] == whole.found["tasks"]
     assert read_lines(out / "predictions.jsonl") == read_lines(whole.folder / "predictions.jsonl")
+
+
+def test_a_cascade_that_is_missing_alone_listens_to_no_clip_again(
+    root, known, whole, monkeypatch, no_charts
+):
+    """What was heard stands beside diva's answer."""
+    lines = read_lines(whole.folder / "predictions.jsonl")
+    out = root / "without cascade"
+    some = [line for line in lines if line["system"] != "cascade"]
+    write_lines(out / "predictions.jsonl", some)
+    monkeypatch.setattr(systems, "loaded", lambda clips, *_: iter(clips and pytest.fail("a clip")))
+    with counting() as told:
+        found = evaluation.evaluate(root / "diva", [known], batch_size=4, out=out)
+    assert sorted(told) == [(i, "cascade") for i in range(ITEMS)]
+    assert found["tasks"] == whole.found["tasks"]
 
 
 def test_answers_are_the_same_every_time_and_in_batches_of_any_size(root, known, whole, no_charts):

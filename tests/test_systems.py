@@ -517,7 +517,6 @@ def test_what_is_not_lacking_is_not_decoded_or_told(models, questions, expected,
     assert sorted(heard) == some
 
 
-@pytest.mark.xfail(strict=True, reason="both connectors answer wherever a clip is heard")
 def test_a_system_that_is_not_lacking_does_not_answer(models, questions, expected):
     """Each of the four alone, and the two that answer from virtual tokens apart."""
     lacking = [{SYSTEMS[i % 4]} for i in range(len(questions))]
@@ -551,7 +550,6 @@ def test_the_cascade_answers_the_transcript_that_is_known(
     assert len(set(answers(told).values())) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="it is replaced by the new one")
 def test_a_known_transcript_stays_where_the_clip_is_heard_again(models, questions, oracle):
     heard = {0: "good moon"}
     told = ask_all(models, questions[:1], heard=heard)
@@ -635,7 +633,6 @@ def test_a_text_that_is_too_long_for_the_llm_has_no_answer(models, questions, ex
         assert answer == oracle.text(QA, said) and "error" not in note
 
 
-@pytest.mark.xfail(strict=True, reason="room is kept for the longest answer of all asks")
 def test_a_text_that_fits_is_answered_beside_asks_of_longer_answers(models, questions, oracle):
     """A label of one token needs no more room than that, a short answer no more than its own."""
     asked = questions[4:8]
@@ -697,7 +694,6 @@ def test_only_what_is_lacking_has_no_answer_of_a_bad_clip(models, spoilt):
     assert told[0, "cascade"] is told[4, "diva"] is None and told[4, "text"] is not None
 
 
-@pytest.mark.xfail(strict=True, reason="the cascade is told twice")
 def test_a_bad_clip_is_answered_by_the_cascade_if_its_transcript_is_known(models, spoilt, oracle):
     told = ask_all(models, spoilt[:1], {"diva", "cascade"}, {0: "good moon"})
     assert told[0, "diva"][0] is None
