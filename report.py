@@ -206,7 +206,8 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
         look = {"color": "white", "edgecolor": next(more), "hatch": "////", "linewidth": 0.6}
         score = [np.nan if value is None else value for value in values]
         axes.bar(next(left), score, width, label=f"{name} (published, read off a chart)", **look)
-    groups = [textwrap.fill(_plain(group), 14) or "all" for group, _ in places]
+    whole = "(all)" if "all" in part["groups"] else "all"
+    groups = [textwrap.fill(_plain(group), 14) or whole for group, _ in places]
     axes.set_xticks(at, groups, fontsize=8)
     axes.set_ylabel(f"{metric}{_sign(metric) and ' (lower is better)'}")
     axes.set_title(
