@@ -309,6 +309,7 @@ def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
             [conversation, turns, times, clip],
             api_visibility="private",
         )
+        conversation.clear(list, None, turns, api_visibility="private")
         again.click(
             lambda: ([], [], "", None), None, [conversation, turns, times, clip],
             api_visibility="private",

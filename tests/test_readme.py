@@ -63,6 +63,18 @@ def test_the_table_of_slices_is_what_was_compiled():
     assert slices.table(rows) in README
 
 
+def test_the_tables_of_speed_are_what_was_measured():
+    """Both are what benchmarks/generate.py prints from benchmarks/generate.json; it imports torch,
+    which the tests must do without, so its function is taken out of the file."""
+    source = (ROOT / "benchmarks" / "generate.py").read_text()
+    names: dict = {}
+    exec(re.search(r"^def table\(.*?(?=^def )", source, re.MULTILINE | re.DOTALL).group(), names)
+    measured = json.loads((ROOT / "benchmarks" / "generate.json").read_text())
+    assert all(row["same"] == 1 for row in measured["generation"])
+    for table in names["table"](measured).split("\n\n"):
+        assert table in README
+
+
 def test_the_longer_run_is_the_shipped_student():
     """Its scores in the table are those of toy/diva/eval.json, on the whole test split."""
     measured = json.loads((ROOT / "benchmarks" / "toy.json").read_text())

@@ -4,6 +4,7 @@ The oracle answers one clip at a time with whole passes, no cache and no batch, 
 are compared with something else than themselves. Axes: K labels, Q virtual tokens, E width.
 """
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import connector
 import data
 import llama
 import systems
+import whisper
 from systems import SYSTEMS, Ask, Models, Question, Responder
 
 ROOM = universe.LLAMA.max_position_embeddings
@@ -504,14 +506,9 @@ def test_what_is_not_lacking_is_not_decoded_or_told(models, questions, expected,
     lacking = [kinds[i % 5] for i in range(14)] + [set()] * 5
     heard = {}
     told = ask_all(models, questions, lacking, heard)
-    wanted = {(i, system) for i, some in enumerate(lacking) for system in some}
-    speech = {"untrained", "diva"}
-    assert {place for place in told if place[1] not in speech} == {
-        place for place in wanted if place[1] not in speech
-    }
-    assert wanted <= told.keys()
     said = table(expected)
-    assert all(answer == said[place] for place, answer in answers(told).items())
+    wanted = {(i, system): said[i, system] for i, some in enumerate(lacking) for system in some}
+    assert answers(told) == wanted
     some = [i for i in range(14) if i % 5 > 1]
     assert sorted(clip for (clip,) in decoded) == sorted(questions[i].audio for i in some)
     assert sorted(heard) == some
@@ -524,6 +521,20 @@ def test_a_system_that_is_not_lacking_does_not_answer(models, questions, expecte
     assert answers(told) == {
         (i, system): expected[i][system] for i, some in enumerate(lacking) for system in some
     }
+
+
+def test_connectors_and_recogniser_run_only_where_they_are_lacking(
+    models, questions, transcripts, monkeypatch
+):
+    """In batches of four: diva for five clips, then transcripts for six."""
+    spoken = counted(monkeypatch, systems, "speak")
+    recognised = counted(monkeypatch, whisper, "greedy")
+    asked = [q._replace(ask=QA) for q in questions[:12]]
+    ask_all(models, asked, [{"diva"}] * 5 + [{"text"}] * 7, dict(transcripts))
+    assert all(module is models.connectors["diva"] for module, _ in spoken)
+    assert len(spoken) == 2 and not recognised
+    ask_all(models, asked, [{"text"}] * 6 + [{"cascade"}] * 6)
+    assert len(spoken) == 2 and len(recognised) == 2
 
 
 def test_no_clip_is_decoded_where_the_transcripts_are_known(
@@ -729,22 +740,26 @@ def compilations() -> Iterator[list[str]]:
 
 
 def test_nothing_is_compiled_again_for_further_batches(root, models, compilations):
-    """Other clips, texts, numbers of them and mixtures of asks; all prompts pad to one length."""
-    clips = universe.write_clips(root / "many", 18)
-    asks = [QA, SAY, COLOUR, THING]
+    """Other clips, texts, numbers of them and mixtures of asks; all prompts pad to one length.
 
-    def ask(clips: list[str], words: list[str], shift: int) -> None:
+    The second time each batch has an ask of its own, and so answers or labels of its own length.
+    """
+    clips = universe.write_clips(root / "many", 25)
+    asks = [QA, dataclasses.replace(SAY, max_new_tokens=8), COLOUR, THING]
+
+    def ask(clips: list[str], words: list[str], alike: int) -> None:
+        """In turn, each of the asks of so many clips."""
         asked = [
-            Question(asks[(i // (1 + shift) + shift) % 4], clip, " ".join(words[: 2 + i % 3]))
+            Question(asks[i // alike % 4], clip, " ".join(words[: 2 + i % 3]))
             for i, clip in enumerate(clips)
         ]
         assert {question.ask for question in asked} == set(asks)
         ask_all(models, asked, size=7)
 
-    ask(clips[:7], ["sun", "moon", "it", "dog"], 0)
+    ask(clips[:7], ["sun", "moon", "it", "dog"], 1)
     first = len(compilations)
     assert first >= 6, "a program for each of listen, speak, greedy, fill, generate, label_scores"
-    ask(clips, ["red", "blue", "sun", "five"], 1)
+    ask(clips, ["red", "blue", "sun", "five"], 7)
     ask(clips[:11], ["good", "it", "six", "it"], 2)
     assert len(compilations) == first
 
