@@ -146,9 +146,14 @@ class Attention(eqx.Module):
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
         positions, cached_keys, cached_values = cache
         rows = jnp.arange(x.shape[0])
-        keys = cached_keys.at[rows, positions].set(keys[:, 0])
-        values = cached_values.at[rows, positions].set(values[:, 0])
-        heard = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        keys = cached_keys.at[rows, :, positions].set(keys[:, 0])
+        values = cached_values.at[rows, :, positions].set(values[:, 0])
+        # one position over a cache that is kept head by head, so that nothing is turned around
+        groups = queries[:, 0].reshape(*keys.shape[:2], -1, self.head_width)
+        groups = groups * self.head_width**-0.5
+        scores = jnp.einsum("bgmk,bgck->bgmc", groups, keys, preferred_element_type=jnp.float32)
+        shares = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(values.dtype)
+        heard = jnp.einsum("bgmc,bgck->bgmk", shares, values)
         return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -177,7 +182,7 @@ class Layer(eqx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
-Cache = tuple[Float[Array, "N B C G K"], Float[Array, "N B C G K"]]  # keys (rotated), values
+Cache = tuple[Float[Array, "N B G C K"], Float[Array, "N B G C K"]]  # keys (rotated), values
 
 
 class LlamaModel(eqx.Module):
@@ -229,7 +234,8 @@ class Llama(eqx.Module):
         angles = self.angles(jnp.arange(embeds.shape[1])[None])
         x, cache = jax.lax.scan(lambda x, m: m(x, angles), embeds, self.model.layers)
         cache = jax.tree.map(
-            lambda kv: jnp.pad(kv, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache
+            lambda kv: jnp.pad(kv.swapaxes(2, 3), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))),
+            cache,
         )
         last = x[jnp.arange(len(x)), lengths - 1]
         return self.model.norm(last), cache
@@ -239,7 +245,7 @@ class Llama(eqx.Module):
     ) -> tuple[Float[Array, "B E"], Cache]:
         """One token more, at each row's own position; it overwrites the padding there."""
         angles = self.angles(positions[:, None])
-        seen = jnp.arange(cache[0].shape[2]) <= positions[:, None]
+        seen = jnp.arange(cache[0].shape[3]) <= positions[:, None]
 
         def layer(x, module_and_cache):
             module, (keys, values) = module_and_cache

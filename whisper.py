@@ -183,12 +183,26 @@ class Attention(eqx.Module):
         keys: Float[Array, "B T H K"],
         values: Float[Array, "B T H K"],
         causal: bool = False,
-        mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "B L D"]:
         """The queries of x over given keys and values; scores and softmax in f32."""
         queries = self.split(self.q_proj(x))
-        heard = jax.nn.dot_product_attention(queries, keys, values, mask=mask, is_causal=causal)
+        heard = jax.nn.dot_product_attention(queries, keys, values, is_causal=causal)
         return self.out_proj(heard.reshape(x.shape))
+
+    def attend_one(
+        self,
+        x: Float[Array, "B 1 D"],
+        keys: Float[Array, "B H T K"],
+        values: Float[Array, "B H T K"],
+        seen: Bool[Array, "T"] | None = None,
+    ) -> Float[Array, "B 1 D"]:
+        """The same for one position, over a cache that is kept head by head: turning a thousand
+        keys around for each token would cost more than all the rest of it."""
+        queries = self.split(self.q_proj(x))[:, 0] * keys.shape[-1] ** -0.5
+        scores = jnp.einsum("bhk,bhtk->bht", queries, keys, preferred_element_type=jnp.float32)
+        scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+        shares = jax.nn.softmax(scores).astype(values.dtype)
+        return self.out_proj(jnp.einsum("bht,bhtk->bhk", shares, values).reshape(x.shape))
 
     def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
         return self.attend(x, *self.keys_values(x), causal=causal)
@@ -223,24 +237,30 @@ class DecoderLayer(eqx.Module):
         self, x: Float[Array, "B L D"], states: Float[Array, "B T D"]
     ) -> Float[Array, "B L D"]:
         x = x + self.self_attn(self.self_attn_layer_norm(x), causal=True)
-        return self.hear_and_think(x, *self.encoder_attn.keys_values(states))
+        heard = self.encoder_attn.keys_values(states)
+        return self.think(x + self.encoder_attn.attend(self.encoder_attn_layer_norm(x), *heard))
 
     def step(self, x, cache, position):
-        """One token [B, 1, D] at `position`, with this layer's cache; returns x and the cache."""
+        """One token [B, 1, D] at `position`, with this layer's cache; returns x and what of the
+        cache has changed."""
         normal = self.self_attn_layer_norm(x)
-        new = self.self_attn.keys_values(normal)
+        new = by_head(self.self_attn.keys_values(normal))
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 1)
+            jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 2)
             for old, fresh in zip(cache["self"], new, strict=True)
         )
-        seen = jnp.arange(keys.shape[1]) <= position
-        x = x + self.self_attn.attend(normal, keys, values, mask=seen[None, None, None])
-        x = self.hear_and_think(x, *cache["cross"])
-        return x, {"self": (keys, values), "cross": cache["cross"]}
+        seen = jnp.arange(keys.shape[2]) <= position
+        x = x + self.self_attn.attend_one(normal, keys, values, seen)
+        x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cache["cross"])
+        return self.think(x), (keys, values)
 
-    def hear_and_think(self, x, keys, values):
-        x = x + self.encoder_attn.attend(self.encoder_attn_layer_norm(x), keys, values)
+    def think(self, x):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
+
+
+def by_head(keys_values):
+    """[..., T, H, K] -> [..., H, T, K], of keys and of values."""
+    return jax.tree.map(lambda x: x.swapaxes(-3, -2), keys_values)
 
 
 def gelu(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -304,8 +324,9 @@ class Decoder(eqx.Module):
     def empty_cache(self, states: Float[Array, "B T D"], length: int):
         """Cross-attention keys and values of every layer, and room for `length` tokens."""
         cross = jax.vmap(lambda layer: layer.encoder_attn.keys_values(states))(self.layers)
-        keys = cross[0]
-        room = jnp.zeros((*keys.shape[:2], length, *keys.shape[3:]), keys.dtype)
+        cross = by_head(cross)
+        keys = cross[0]  # [N, B, H, T, K]
+        room = jnp.zeros((*keys.shape[:3], length, keys.shape[4]), keys.dtype)
         return {"self": (room, room), "cross": cross}
 
     def step(self, ids: Int[Array, "B"], cache, position: Int[Array, ""]):
@@ -317,8 +338,8 @@ class Decoder(eqx.Module):
             module, cache = layer_and_cache
             return module.step(x, cache, position)
 
-        x, cache = jax.lax.scan(layer, x, (self.layers, cache))
-        return self.logits(self.layer_norm(x[:, 0])), cache
+        x, own = jax.lax.scan(layer, x, (self.layers, cache))
+        return self.logits(self.layer_norm(x[:, 0])), cache | {"self": own}
 
 
 class Whisper(eqx.Module):
@@ -428,6 +449,8 @@ def greedy(
     def body(state):
         position, tokens, done, cache = state
         logits, cache = model.decoder.step(tokens[:, position], cache, position)
+        # kept apart: XLA would fuse the sum into the product, and run that on one core of a CPU
+        logits = jax.lax.optimization_barrier(logits)
         first = position + 1 == len(forced)
         chosen = (logits.astype(jnp.float32) + jnp.where(first, banned_first, banned)).argmax(-1)
         chosen = jnp.where(done, end, chosen)

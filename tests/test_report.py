@@ -469,7 +469,8 @@ def test_a_published_score_of_zero_is_no_missing_one(drawn):
 def test_a_group_that_is_called_all_is_not_the_whole(drawn):
     examples = [clip(n, group=("all", "none")[n % 2]) for n in range(4)]
     run = evaluated({"qa": task_of(examples)}, lambda s, n: "blue" if n % 2 else "red")
-    assert bars_of(drawn(run.found))["diva"] == [100, 0, 50]
+    figure = drawn(run.found)
+    assert bars_of(figure)["diva"] == [100, 0, 50] and len(set(ticks_of(figure))) == 3
 
 
 @pytest.mark.parametrize("name", ["$x_$", "50 $ or $ 60", r"\frac", "_under", "größe %"])
