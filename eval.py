@@ -431,6 +431,11 @@ def evaluate(
 
     Raises ValueError or FileNotFoundError for what is missing or wrong.
     """
+    if batch_size < 1 or limit < 0:
+        raise ValueError(
+            f"--batch-size {batch_size} --limit {limit}; expected a batch of at least one clip, "
+            "and a limit of 0 (all) or more."
+        )
     start, home = time.monotonic(), weights.resolve(model)
     folder = Path(out or (home if Path(model).is_dir() else Path("runs") / Path(model).name))
     folder.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,10 @@ class Models:
         asr = dataclasses.replace(asr, model=shared)  # one encoder in memory, not two
         queries = len(diva.connector.query_tokens)
         fresh = connector.DiVA.create(asr.model, diva.llm, queries, jax.random.key(0)).connector
-        fresh = jax.tree.map(lambda x: x.astype(dtype), fresh)
+        # placed like the trained one: otherwise the same program would be compiled for each
+        fresh = jax.tree.map(
+            lambda x, like: jax.device_put(x.astype(dtype), like.sharding), fresh, diva.connector
+        )
         connectors = {"untrained": fresh, "diva": diva.connector}
         return Models(diva, connectors, asr, llama.Chat.load(llm_path))
 
@@ -279,8 +282,8 @@ def answer(
     others are added to it. `tell(number, system, answer, note)` is called as soon as an answer is
     known; if there is none, the answer is None and note["error"] the reason.
 
-    Every clip is decoded and encoded once, whatever is asked of it; every text is answered once,
-    however many clips say it.
+    Every clip is decoded once, whatever is asked of it; every text is answered once, however many
+    clips say it.
     """
     spoken = [
         i

@@ -1328,7 +1328,9 @@ def test_clips_that_cannot_be_decoded_count_as_wrong_and_are_listed(root, whole,
     soundfile.write(folder / "11.wav", np.zeros(0), 16000)
     bad = {str(folder / f"{n}.wav") for n in (0, 6, 10, 11)}
     out = root / "spoilt out"
-    found = evaluation.evaluate(root / "diva", [folder], batch_size=4, out=out)
+    with counting() as told:
+        found = evaluation.evaluate(root / "diva", [folder], batch_size=4, out=out)
+    assert sorted(told) == sorted((i, system) for i in range(ITEMS) for system in SYSTEMS)
     shown = capsys.readouterr()
 
     assert found["errors"].keys() == bad

@@ -114,3 +114,11 @@ def test_translations_are_scored_by_language_as_sacrebleu_does(folder):
         scores.append(BLEU(tokenize=tokens).corpus_score(said, wanted).score)
         assert found["groups"][code]["bleu"]["text"]["score"] == pytest.approx(scores[-1])
     assert found["metrics"]["bleu"]["text"]["score"] == pytest.approx(sum(scores) / 4)
+
+
+@pytest.mark.parametrize("flags", [{"batch_size": 0}, {"limit": -1}])
+def test_numbers_that_cannot_be_are_refused_at_once(flags):
+    with pytest.raises(
+        ValueError, match="--batch-size .* --limit .*; expected a batch of at least"
+    ):
+        evaluation.evaluate(MODEL, **flags)

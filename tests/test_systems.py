@@ -561,11 +561,15 @@ def test_the_cascade_answers_the_transcript_that_is_known(
     assert len(set(answers(told).values())) == 3
 
 
-def test_a_known_transcript_stays_where_the_clip_is_heard_again(models, questions, oracle):
+def test_a_known_transcript_stays_where_the_clip_is_heard_again(
+    models, questions, oracle, transcripts
+):
+    """Beside a clip whose transcript is not known."""
     heard = {0: "good moon"}
-    told = ask_all(models, questions[:1], heard=heard)
-    assert heard == {0: "good moon"}
+    told = ask_all(models, questions[:2], heard=heard)
+    assert heard == {0: "good moon", 1: transcripts[1]} and transcripts[0] != "good moon"
     assert told[0, "cascade"] == (oracle.text(QA, "good moon"), {"heard": "good moon"})
+    assert told[1, "cascade"] == (oracle.text(QA, heard[1]), {"heard": heard[1]})
 
 
 def test_transcripts_are_added_to_those_that_are_known(models, questions, transcripts):
