@@ -119,6 +119,6 @@ def test_translations_are_scored_by_language_as_sacrebleu_does(folder):
 @pytest.mark.parametrize("flags", [{"batch_size": 0}, {"limit": -1}])
 def test_numbers_that_cannot_be_are_refused_at_once(flags):
     with pytest.raises(
-        ValueError, match="--batch-size .* --limit .*; expected a batch of at least"
+        ValueError, match=r"--batch-size .* --limit .*; expected a batch of at least"
     ):
         evaluation.evaluate(MODEL, **flags)
