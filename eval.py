@@ -92,6 +92,8 @@ def read_tasks(sources: Sequence[str | Path], split: str | None = None) -> dict[
                     "--tasks."
                 )
             entries, where, folder = weights.read_json(file), str(file), file.parent
+            if not entries:
+                raise ValueError(f"{file}: no tasks; expected at least one, like toy/tasks.")
         for name, entry in entries.items():
             if name in tasks:
                 raise ValueError(f"{where}: {name!r} comes twice; expected a name for each task.")
@@ -221,9 +223,10 @@ class Predictions:
         return self.lines.get(self.key(system, item))
 
     def lacks(self, system: str, item: Item) -> bool:
-        """What could not be answered is lacking too: the clip may be mended by now."""
-        line = self.get(system, item)
-        return line is None or line["answer"] is None
+        """What could not be answered is lacking too: the clip may be mended by now. A transcript
+        that is unknown stays so."""
+        line, unknown = self.get(system, item), system == "text" and not item.example.text
+        return line is None or (line["answer"] is None and not unknown)
 
     def line(self, system: str, item: Item, said: dict[str, Any]) -> dict[str, Any]:
         """All that is written of an answer; `said` has "answer" and maybe "heard" and "error"."""
@@ -288,19 +291,25 @@ def read_predictions(source: str, items: list[Item]) -> tuple[str, list[str | No
             f"{', '.join(SYSTEMS)}."
         )
     found: dict[tuple[str, str], str | None] = {}
+    keys: dict[tuple[str, str], str] = {}  # of a file of ours
     for where, line in suites.json_lines(file):
         place, answer = (line.get("task"), line.get("id")), line.get("answer")
-        if line.get("system", "diva") != "diva" or ("key" in line and place in found):
-            continue  # in a file of ours, what was answered to another prompt stands behind
+        if line.get("system", "diva") != "diva":
+            continue
         texts = all(isinstance(x, str) for x in place) and isinstance(answer, str | None)
         if not texts or "answer" not in line:
             raise ValueError(
                 f'{where}: expected "task" and "id" (texts, as in predictions.jsonl) and "answer" '
                 "(a text, or null if there was none). Correct the line."
             )
-        if place in found:
+        if keys.get(place, line.get("key")) != line.get("key"):
+            continue  # in a file of ours, what was answered to another prompt stands behind
+        if place in found and place not in keys:
             raise ValueError(f"{where}: a second answer to {place}; expected one. Remove one.")
-        found[place] = answer
+        if "key" in line:
+            keys[place] = line["key"]
+        # JSON can hold halves of letters, which cannot be written
+        found[place] = None if answer is None else answer.encode("utf-8", "replace").decode()
     answers = [found.get((item.task, item.example.id)) for item in items]
     known = {(item.task, item.example.id) for item in items}
     if lacking := sum((item.task, item.example.id) not in found for item in items):
@@ -341,9 +350,11 @@ def score_task(
         found["metrics"][name] = compare(columns, examples, metric, list(answers))
         for group in groups if len(groups) > 1 else ():
             rows = [n for n, example in enumerate(examples) if example.group == group]
+            if not columns[rows].any():
+                continue
             parts = compare(columns[rows], [examples[n] for n in rows], metric, list(answers))
             found["groups"].setdefault(group, {})[name] = parts
-        correct_for_groups([parts[name] for parts in found["groups"].values()])
+        correct_for_groups([parts[name] for parts in found["groups"].values() if name in parts])
         for language in sorted({example.language for example in examples}):
             some = [len(example.answers) for example in examples if example.language == language]
             if text := metrics.signature(name, language, max(some)):
@@ -354,9 +365,9 @@ def score_task(
             "expected at least one metric that applies (pedant needs its package). The answers are "
             "kept: correct tasks.json and start again."
         )
-    for entry in found["metrics"].get("accuracy", {}).values():
+    for entry in found["metrics"].get("accuracy", {}).values() if task.labels else ():
         right = round(entry["score"] * len(items) / 100)
-        entry["p_chance"] = significance.against_chance(right, len(items), len(task.labels) or 2)
+        entry["p_chance"] = significance.against_chance(right, len(items), len(task.labels))
     if published := suites.PUBLISHED.get(task.suite):
         found["published"] = published
     return found, single

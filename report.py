@@ -86,6 +86,7 @@ def _rows(found: dict[str, Any], names: list[str]) -> list[str]:
                 lines += [
                     _row(f"  {group}", entries[metric], names)
                     for group, entries in part["groups"].items()
+                    if metric in entries
                 ]
     return lines
 
@@ -177,7 +178,8 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     """Grouped bars of the headline by group, all systems, 95 % intervals, as file.png and .svg."""
     part = found["tasks"][task]
     metric = headline(part)
-    places = [(group, entries[metric]) for group, entries in part["groups"].items()]
+    groups = part["groups"].items()
+    places = [(group, entries[metric]) for group, entries in groups if metric in entries]
     places.append(("", part["metrics"][metric]))  # all of them
     published = {
         system: [
@@ -247,7 +249,8 @@ def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> st
             example = items[i].example
             for system in found["systems"]:
                 answer = answers[system][i]
-                judged = "" if answer is None else int(scores[system, i]["prompt_ignoring"] > 0)
+                known = answer is not None and example.text
+                judged = int(scores[system, i]["prompt_ignoring"] > 0) if known else ""
                 said = [example.text, "(none)" if answer is None else answer]
                 row = [task, example.id, system, *said, " | ".join(example.answers), judged, ""]
                 rows.writerow([" ".join(str(cell).split()) for cell in row])

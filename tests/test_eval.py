@@ -956,6 +956,12 @@ def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
     assert made_up(tasks, limit=99).found["tasks"] == more.found["tasks"]
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"limit": -1}])
+def test_batches_of_nothing_and_limits_below_it_are_refused(tmp_path, made_up, options):
+    with pytest.raises(ValueError, match=r"--batch-size .* --limit .*expected"):
+        made_up({"qa": manifest(tmp_path, 2)}, **options)
+
+
 def test_only_what_changed_is_asked_again(tmp_path, made_up):
     """Another prompt of one task; other references change scores, but no answer."""
     tasks = {"a": manifest(tmp_path, 4), "b": OWN}

@@ -122,3 +122,30 @@ def test_numbers_that_cannot_be_are_refused_at_once(flags):
         ValueError, match=r"--batch-size .* --limit .*; expected a batch of at least"
     ):
         evaluation.evaluate(MODEL, **flags)
+
+
+def test_an_unfinished_file_of_ours_counts_with_its_last_lines(tmp_path):
+    """An answer that came after a failure counts; one to another prompt does not; half a letter
+    does no harm."""
+    item = evaluation.Item("qa", None, suites.Example("0", "a.wav", "", ("x",)))
+    lines = [("k", None), ("k", "late \ud800"), ("other", "to another prompt")]
+    rows = [{"task": "qa", "id": "0", "answer": a, "system": "diva", "key": k} for k, a in lines]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluation.read_predictions(f"before={file}", [item]) == ("before", ["late ?"])
+
+
+def test_a_file_without_tasks_is_refused(tmp_path):
+    (tmp_path / "tasks.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tasks\.json: no tasks; expected at least one"):
+        evaluation.read_tasks([tmp_path])
+
+
+def test_a_metric_is_not_shown_of_groups_that_it_does_not_apply_to(folder):
+    """German is written in Latin letters: no score, and no weight in the correction of p."""
+    entries = json.loads((folder / "tasks.json").read_text())
+    (folder / "covost.json").write_text(json.dumps({"covost": entries["covost"]}))
+    found = evaluation.evaluate(MODEL, [folder / "covost.json"], out=folder / "out")
+    groups = found["tasks"]["covost"]["groups"]
+    assert {name for name, part in groups.items() if "wrong_script" in part} == {"ja", "zh-CN"}
+    assert all("bleu" in part for part in groups.values())
