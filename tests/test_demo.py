@@ -124,18 +124,20 @@ def test_earlier_turns_are_heard_but_not_by_the_toy(assistant):
     """Its LLM has never seen a second turn: it takes each for itself, and says so on the page."""
     (first, second), sampling = questions(2), demo.Sampling(max_new_tokens=8)
     turn = said(assistant.answer(first["audio"], sampling=sampling)).turn
-    alone = said(assistant.answer(second["audio"], sampling=sampling)).text
-    assert said(assistant.answer(second["audio"], [turn], sampling=sampling)).text == alone
-    real = dataclasses.replace(assistant, toy=False)
     lengths, plain = [], demo.Assistant.prompt
 
+    def measured(*args):
+        embeds, length = plain(*args)
+        lengths.append(length)
+        return embeds, length
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            demo.Assistant, "prompt", lambda *a: lengths.append(plain(*a)[1]) or plain(*a)
-        )
-        said(real.answer(second["audio"], [turn], sampling=sampling))
-        said(real.answer(second["audio"], sampling=sampling))
-    assert lengths[0] > lengths[1] + len(turn.virtual)
+        patch.setattr(demo.Assistant, "prompt", measured)
+        for one in (assistant, dataclasses.replace(assistant, toy=False)):
+            for turns in ([], [turn]):
+                said(one.answer(second["audio"], turns, sampling=sampling))
+    assert lengths[0] == lengths[1] == lengths[2]
+    assert lengths[3] > lengths[2] + len(turn.virtual)
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_the_numbers(assistant):
