@@ -9,7 +9,7 @@ answer is written to predictions.jsonl as soon as it is known and is not asked f
 was stopped goes on, and one that is repeated only counts anew.
 
 Axes: N items, Y systems, C numbers of a metric.
-Reads: suites.py, systems.py, metrics.py, significance.py, report.py.   The last chapter.
+Reads: suites.py, systems.py, metrics.py, significance.py, report.py.   Read next: demo.py.
 """
 
 import collections
