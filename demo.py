@@ -173,7 +173,7 @@ class Assistant:
         `turns` are those of the conversation before it. Raises ValueError or FileNotFoundError.
         """
         began = time.perf_counter()
-        turns = turns  # its LLM has never seen a second turn
+        turns = () if self.toy else turns  # its LLM has never seen a second turn
         virtual = self.listen(clip, long, live)
         embeds, length = self.prompt(turns, virtual, instruction)
         most = self.diva.llm.config.max_position_embeddings

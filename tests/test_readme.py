@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import demo
 import eval as evaluation
 import suites
 import systems
@@ -114,6 +115,23 @@ def test_the_evaluation_commands_are_understood(monkeypatch):
         tyro.cli(evaluation.main, args=words)
         names = {word.partition("=")[0] for word in words if "=" in word}
         assert names <= {"SALMONN", *suites.SUITES}
+
+
+def test_the_demos_commands_are_understood(monkeypatch):
+    """Every `python demo.py` command of README parses; the models are not loaded."""
+    asked = []
+
+    def load(model):
+        asked.append(model)
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "keep_compiled", lambda: None)
+    monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
+    commands = re.findall(r"python demo\.py([^`\n#]*)", README)
+    for command in commands:
+        with pytest.raises(InterruptedError):
+            tyro.cli(demo.main, args=shlex.split(command))
+    assert len(asked) == len(commands) > 4 and "WillHeld/DiVA-llama-3-v0-8b" in asked
 
 
 def test_the_shown_tasks_are_understood(monkeypatch, tmp_path):
