@@ -144,6 +144,11 @@ def test_a_conversation_that_is_too_long_is_refused_with_the_numbers(assistant):
     real, turn = dataclasses.replace(assistant, toy=False), demo.Turn(np.zeros((8, 128)), "yes")
     with pytest.raises(ValueError, match=r"expected at most 256 \(512 less 256 .*Start a new one"):
         said(real.answer(QUESTION, [turn] * 40))
+    _, length = assistant.prompt((), assistant.listen(QUESTION), None)
+    most = assistant.diva.llm.config.max_position_embeddings
+    assert said(assistant.answer(QUESTION, sampling=demo.Sampling(max_new_tokens=most - length)))
+    with pytest.raises(ValueError, match="Start a new one"):
+        said(assistant.answer(QUESTION, sampling=demo.Sampling(max_new_tokens=most - length + 1)))
 
 
 def test_drawn_answers_follow_the_seed(assistant):
