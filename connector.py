@@ -232,6 +232,11 @@ def main(
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 
 
+def compute_dtype(platform: str) -> str:
+    """Of frozen weights and of the computation: float32 on a CPU, bfloat16 elsewhere."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 def references(path: str | Path) -> tuple[str, str]:
     """Path or repo of the Whisper and of the Llama that a DiVA checkpoint was trained between.
 

@@ -264,6 +264,11 @@ def _seconds_by_table(clips: list[Clip]) -> dict[str, float]:
     return known
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/diva (~/.cache/diva): what is kept for the next start, and may be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diva")
+
+
 def _seconds_by_header(files: list[str]) -> dict[str, float]:
     """Opens each file once in its life: what its header said is kept for the next start.
 
@@ -274,8 +279,7 @@ def _seconds_by_header(files: list[str]) -> dict[str, float]:
     if not files:
         return {}
     folder = os.path.commonpath([os.path.abspath(min(files)), os.path.abspath(max(files))])
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    index = Path(cache, "diva", f"seconds-{zlib.crc32(os.fsencode(folder)):08x}.json.gz")
+    index = cache_folder() / f"seconds-{zlib.crc32(os.fsencode(folder)):08x}.json.gz"
     try:
         kept = json.loads(gzip.decompress(index.read_bytes()))  # gzip has a checksum
     except (OSError, EOFError, ValueError, zlib.error):  # not there yet, or damaged

@@ -17,7 +17,6 @@ Reads: connector.py, llama.py, data.py, weights.py.   The last chapter.
 
 import dataclasses
 import functools
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -107,7 +106,7 @@ class Assistant:
     @staticmethod
     def load(model: str | Path) -> "Assistant":
         """float32 on a CPU, bfloat16 elsewhere. Raises ValueError or FileNotFoundError."""
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = connector.compute_dtype(jax.default_backend())
         _, llm_path = connector.references(model)
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
         return Assistant(connector.DiVA.load(model, dtype), llama.Chat.load(llm_path), toy)
@@ -152,9 +151,7 @@ class Assistant:
         for tokens, after in zip(said, around[1:], strict=True):
             starts.append(len(ids))
             ids += [0] * len(tokens) + after
-        row = np.zeros((1, llama.padded(len(ids))), np.int32)
-        row[0, : len(ids)] = ids
-        embeds = _embed(self.diva.llm, jnp.asarray(row))
+        embeds = _embed(self.diva.llm, jnp.asarray(llama.padded_row(ids)))
         for tokens, start in zip(said, starts, strict=True):
             embeds = _put(embeds, jnp.asarray(tokens), start)
         return embeds, len(ids)
@@ -353,8 +350,7 @@ def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
 def keep_compiled() -> None:
     """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
     if not jax.config.jax_compilation_cache_dir:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "diva", "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -35,7 +35,6 @@ import weights
 from systems import SYSTEMS, Ask
 
 PATHS = {"audio", "common_voice", "unpack"}  # those of the readers' options that are paths
-NO_LABELS = ("other", "no answer")  # what histograms call answers that are none of the labels
 
 # ---------------------------------------------------------------------------------------------
 # Tasks
@@ -138,10 +137,10 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
     settings |= {key: tuple(settings[key]) for key in ("metrics", "labels")}
     task = Task(**settings)
     labels = [metrics.normalise(label) for label in task.labels]
-    if len({*labels, *NO_LABELS}) < len(labels) + len(NO_LABELS):
+    if len({*labels, *metrics.NO_LABELS}) < len(labels) + len(metrics.NO_LABELS):
         raise ValueError(
             f"{where}: labels {', '.join(task.labels)}; expected labels that differ in more than "
-            f"case and punctuation, and none called {' or '.join(NO_LABELS)}. Rename some."
+            f"case and punctuation, and none called {' or '.join(metrics.NO_LABELS)}. Rename some."
         )
     for example in examples:
         if labels and metrics.normalise(example.answers[0]) not in labels:
@@ -183,12 +182,6 @@ def _wrong_paths(options: dict[str, Any]) -> list[str]:
     return [f"{k} {v!r}" for k, v in options.items() if k in PATHS and not isinstance(v, str)]
 
 
-def sample(items: Sequence, most: int) -> list:
-    """At most `most` items at random, in their order; every n-th could meet one accent alone."""
-    chosen = np.random.default_rng(0).permutation(len(items))[:most]
-    return [items[i] for i in sorted(chosen)]
-
-
 # ---------------------------------------------------------------------------------------------
 # Predictions
 
@@ -204,8 +197,10 @@ class Predictions:
         self.file, self.model = file, model
         self.lines: dict[str, dict] = {}
         self.stream: TextIO | None = None
-        if file.is_file():
-            for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        before = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        self.cut = bool(before) and not before.endswith("\n")  # a killed run's last line
+        if before:
+            for text in before.split("\n"):
                 try:
                     line = json.loads(text)
                     self.lines[line["key"]] = line
@@ -242,9 +237,8 @@ class Predictions:
         line = self.line(system, item, note | {"answer": answer})
         self.lines[line["key"]] = line
         if self.stream is None:
-            self.stream = self.file.open("a+", encoding="utf-8", newline="\n")
-            if not self.file.read_bytes().endswith(b"\n") and self.file.stat().st_size:
-                self.stream.write("\n")  # behind what a killed run left half written
+            self.stream = self.file.open("a", encoding="utf-8", newline="\n")
+            self.stream.write("\n" if self.cut else "")
         self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.stream.flush()
 
@@ -421,7 +415,7 @@ def label_histogram(labels: Sequence[str], said: Sequence[str | None]) -> dict[s
         "no answer" if text is None else label_of.get(metrics.normalise(text), "other")
         for text in said
     )
-    return {name: counts[name] for name in [*labels, *NO_LABELS]}
+    return {name: counts[name] for name in [*labels, *metrics.NO_LABELS]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -454,7 +448,7 @@ def evaluate(
     items = [
         Item(name, task.ask(example), example)
         for name, task in settings.items()
-        for example in (sample(task.examples, limit) if limit else task.examples)
+        for example in (suites.sample(task.examples, limit) if limit else task.examples)
     ]
     others = dict(read_predictions(source, items) for source in predictions)
     if len(others) < len(predictions):

@@ -514,6 +514,11 @@ def padded(length: int) -> int:
     return max(64, 1 << (length - 1).bit_length())
 
 
+def padded_row(ids: Sequence[int]) -> Int[np.ndarray, "1 L"]:
+    """The ids of a prompt with its padding behind."""
+    return np.pad(np.array([ids], np.int32), ((0, 0), (0, padded(len(ids)) - len(ids))))
+
+
 def text_pieces(chat: "Chat", tokens: Iterator[int]) -> Iterator[str]:
     """Decode a stream of tokens into pieces of text, never a broken character.
 
@@ -543,9 +548,7 @@ def answer(
             f"{most - max_new_tokens} ({most} positions less {max_new_tokens} for the answer). "
             "Ask something shorter."
         )
-    row = np.zeros((1, padded(len(ids))), np.int32)
-    row[0, : len(ids)] = ids
-    embeds, lengths = llm.embed(jnp.asarray(row)), jnp.asarray([len(ids)])
+    embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
     tokens = stream(llm, embeds, lengths, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
     return text_pieces(chat, tokens)
 

@@ -28,6 +28,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from suites import Example
 
+NO_LABELS = ("other", "no answer")  # what histograms call answers that are none of the labels
 CHARACTERS = 6  # chrF compares runs of 1 to 6 characters
 OTHER_SCRIPTS = ("ar", "fa", "ja", "mn", "ta", "zh-CN")  # not written in Latin letters
 

@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import record
-from metrics import METRICS
+from metrics import METRICS, NO_LABELS
 from significance import ALPHA
-from suites import PUBLISHED_SYSTEMS
+from suites import PUBLISHED_SYSTEMS, sample
 
 CASES = 50  # as many as the paper's authors read of each system
 SHOWN = 500  # clips of each task on the page; predictions.jsonl has all
@@ -128,7 +128,7 @@ def _chances(found: dict[str, Any]) -> list[str]:
 
 def _labels(part: dict[str, Any]) -> list[str]:
     counts = next(iter(part["predicted"].values()))
-    return [label for label in counts if label not in ("other", "no answer")]
+    return [label for label in counts if label not in NO_LABELS]
 
 
 def _signatures(found: dict[str, Any]) -> list[str]:
@@ -245,7 +245,7 @@ def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> st
         if "prompt_ignoring" not in part["metrics"]:
             continue
         numbers = [i for i, item in enumerate(items) if item.task == task]
-        for i in _drawn(numbers, CASES):
+        for i in sample(numbers, CASES):
             example = items[i].example
             for system in found["systems"]:
                 answer = answers[system][i]
@@ -257,11 +257,6 @@ def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> st
     return stream.getvalue()
 
 
-def _drawn(numbers: list[int], most: int) -> list[int]:
-    chosen = np.random.default_rng(0).permutation(len(numbers))[:most]
-    return [numbers[i] for i in sorted(chosen)]
-
-
 # ---------------------------------------------------------------------------------------------
 # The page
 
@@ -271,7 +266,7 @@ def page(folder: Path, found: dict, items: list, answers: dict, scores: dict) ->
     clips = []
     for task, part in found["tasks"].items():
         metric = headline(part)
-        for i in _drawn([i for i, item in enumerate(items) if item.task == task], SHOWN):
+        for i in sample([i for i, item in enumerate(items) if item.task == task], SHOWN):
             example = items[i].example
             path = os.path.relpath(example.audio, folder)
             values = [round(scores[system, i][metric], 1) for system in found["systems"]]

@@ -94,6 +94,12 @@ def reader(read: Callable[..., Iterator[Example | str]]) -> Callable[..., list[E
     return wrapped
 
 
+def sample(items: Sequence, most: int) -> list:
+    """At most `most` items at random, in their order; every n-th could meet one accent alone."""
+    chosen = np.random.default_rng(0).permutation(len(items))[:most]
+    return [items[i] for i in sorted(chosen)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Questions
 

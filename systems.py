@@ -73,7 +73,7 @@ class Models:
     @staticmethod
     def load(folder: Path) -> "Models":
         """float32 on a CPU, bfloat16 elsewhere."""
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = connector.compute_dtype(jax.default_backend())
         asr_path, llm_path = connector.references(folder)
         diva = connector.DiVA.load(folder, dtype)
         asr = whisper.Transcriber.load(asr_path, dtype=dtype)

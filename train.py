@@ -206,7 +206,7 @@ def with_dtype(config: Config, platform: str) -> Config:
     """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
     if config.dtype != "auto":
         return config
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+    dtype = connector.compute_dtype(platform)
     return dataclasses.replace(config, dtype=dtype)
 
 

@@ -129,9 +129,7 @@ def first_token(
 
     def cascade():
         ids = [*prefix, *asr(jnp.asarray(audio)), *suffix]
-        row = np.zeros((1, llama.padded(len(ids))), np.int32)
-        row[0, : len(ids)] = ids
-        choose(diva.llm.embed(jnp.asarray(row)), len(ids))
+        choose(diva.llm.embed(jnp.asarray(llama.padded_row(ids))), len(ids))
 
     return take_turns({"diva": speech, "cascade": cascade})
 

@@ -295,11 +295,11 @@ def test_what_is_missing_of_a_suite_is_named(tmp_path):
 
 def test_a_sample_is_random_but_the_same_and_in_order():
     numbers = list(range(100, 200))
-    some = evaluation.sample(numbers, 20)
-    assert evaluation.sample(numbers, 20) == some == sorted(set(some))
+    some = suites.sample(numbers, 20)
+    assert suites.sample(numbers, 20) == some == sorted(set(some))
     assert len(some) == 20 and set(some) <= set(numbers)
     assert len({b - a for a, b in itertools.pairwise(some)}) > 3, "every n-th clip"
-    assert evaluation.sample(numbers, 100) == evaluation.sample(numbers, 999) == numbers
+    assert suites.sample(numbers, 100) == suites.sample(numbers, 999) == numbers
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -948,7 +948,7 @@ def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
     assert few.found["limit"] == 5
     assert {name: part["n"] for name, part in few.found["tasks"].items()} == {"a": 5, "b": 5}
     ids = [line["id"] for line in read_lines(few.folder / "predictions.jsonl")]
-    drawn = evaluation.sample(list(map(str, range(30))), 5)
+    drawn = suites.sample(list(map(str, range(30))), 5)
     assert ids == [name for name in drawn for _ in SYSTEMS] * 2
     assert made_up(tasks, limit=5).told == []
     more = made_up(tasks)  # without it, only the others are asked
