@@ -184,19 +184,17 @@ class Responder:
             yield dict(zip(batch, replies, strict=True))
 
     def speech(
-        self, asks: list[Ask], virtual: dict[str, Float[Array, "any Q E"]], rows: list[int]
-    ) -> dict[str, list[str]]:
-        """{system: the answers to virtual[system][rows[i]] under asks[i]}."""
-        said = {system: [""] * len(asks) for system in virtual}
-        queries = [0] * next(iter(virtual.values())).shape[1]
+        self, asks: list[Ask], virtual: Float[Array, "any Q E"], rows: list[int]
+    ) -> list[str]:
+        """The answers to virtual[rows[i]] under asks[i]."""
+        said = [""] * len(asks)
+        queries = [0] * virtual.shape[1]
         for batch in self.batches(range(len(asks)), lambda i: asks[i]):
             some = [asks[i] for i in batch]
             ids, lengths, starts = self.frame(some, [queries] * len(batch))
-            heard = jnp.asarray([rows[i] for i in batch])
-            for system, tokens in virtual.items():
-                embeds = fill(self.llm, ids, starts, tokens, heard)
-                for i, reply in zip(batch, self.reply(some, embeds, lengths), strict=True):
-                    said[system][i] = reply
+            embeds = fill(self.llm, ids, starts, virtual, jnp.asarray([rows[i] for i in batch]))
+            for i, reply in zip(batch, self.reply(some, embeds, lengths), strict=True):
+                said[i] = reply
         return said
 
     def batches(self, entries: Sequence, ask_of: Callable[[Any], Ask]) -> Iterator[list]:
@@ -328,9 +326,8 @@ def _answer_speech(
     with tqdm(total=len(clips), unit="clip", desc="speech", disable=None) as bar:
         for some, audio, reasons in loaded(clips, responder.size, models.diva.window_samples):
             for i in (i for clip in reasons for i in asked[clip]):
-                for system in sorted(
-                    lacking[i] - {"text"} - ({"cascade"} if i in heard else set())
-                ):
+                needs_sound = lacking[i] - {"text"} - ({"cascade"} if i in heard else set())
+                for system in sorted(needs_sound):
                     tell(i, system, None, {"error": reasons[questions[i].audio]})
             rows = {i: row for row, clip in enumerate(some) for i in asked[clip]}
             rows = {i: row for i, row in rows.items() if questions[i].audio not in reasons}
@@ -343,8 +340,7 @@ def _answer_speech(
                 if not work:
                     continue
                 asks, places = [questions[i].ask for i in work], [rows[i] for i in work]
-                virtual = {system: speak(module, states)}
-                said = responder.speech(asks, virtual, places)[system]
+                said = responder.speech(asks, speak(module, states), places)
                 for i, reply in zip(work, said, strict=True):
                     tell(i, system, reply, {"heard": heard[i]} if system == "diva" else {})
             bar.update(len(some))
