@@ -67,9 +67,11 @@ def slice_of(name: str) -> list[jax.Device]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    # Cores of these are two to a chip and work as one device.
-    pairs = dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1))
-    options = pairs if name.startswith(("v4:", "v5p:")) else {}
+    kind, _, axes = name.partition(":")
+    alone = not axes.strip("1x")  # one chip; otherwise a host has four
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1) if alone else (2, 2, 1)}
+    if kind in ("v4", "v5p"):  # cores of these are two to a chip and work as one device
+        options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except RuntimeError as error:

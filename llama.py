@@ -9,7 +9,7 @@ DiVA keeps all of it frozen. The forward pass starts from embeddings, not from t
 virtual tokens that stand for speech have no number. Attribute names are the published tensor names.
 
 Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models".
-Reads: sharding.py, weights.py.   Read next: connector.py.
+Reads: attention.py, sharding.py, weights.py.   Read next: connector.py.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tokenizers import Tokenizer
 
+import attention
 import sharding
 import weights
 
@@ -142,7 +143,7 @@ class Attention(eqx.Module):
         )
         queries, keys = rotate(queries, angles), rotate(keys, angles)
         if cache is None:
-            heard = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
+            heard = attention.attend(queries, keys, values, causal=True)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
         positions, cached_keys, cached_values = cache
         rows = jnp.arange(x.shape[0])

@@ -15,7 +15,7 @@ On one device, or outside of a training step, all of it is nothing at all. On se
 runs the same program as one process, with the devices of all of them in one mesh.
 
 Source: Rajbhandari et al. 2020, "ZeRO", stage 3.
-Reads: nothing of ours.   Read next: whisper.py.
+Reads: nothing of ours.   Read next: attention.py.
 """
 
 import functools
@@ -108,12 +108,19 @@ def by_clip(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
 
 
-def on_own_clips(function: Callable[[Array], Array], x: Array) -> Array:
-    """`function(x)` by each device for its own clips: for what XLA does not split, such as FFTs."""
+def platform() -> str:
+    """cpu, gpu or tpu: of the mesh that is named, which need not be here, else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
+    """`function(*arrays)` by each device for its own clips: for what XLA does not split, such as
+    FFTs and loops over clips."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(x)
-    return jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES))(x)
+        return function(*arrays)
+    return jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES))(*arrays)
 
 
 @jax.custom_vjp
@@ -150,11 +157,16 @@ def lookup(table: Float[Array, "rows E"], ids: Int[Array, "B L"]) -> Float[Array
     return by_clip(constrain(found, P("data", None, "fsdp")))
 
 
+KEPT = "kept"  # checkpoint_name of results that cost more to compute again than to keep
+
 # What the backward pass computes again, to save memory; gathered weights are always gathered anew.
 Recompute = Literal["attention", "layers"]
 POLICIES = {
     # Products with weights are kept: norms, activations and attention are about 1 % of the work.
-    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
     # Only the input of each layer is kept: the forward pass is done twice.
     "layers": jax.checkpoint_policies.nothing_saveable,
 }

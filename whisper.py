@@ -9,7 +9,7 @@ The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns t
 connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
 
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
-Reads: sharding.py, weights.py.   Read next: llama.py.
+Reads: attention.py, sharding.py, weights.py.   Read next: llama.py.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tokenizers import Tokenizer
 
+import attention
 import sharding
 import weights
 
@@ -92,20 +93,24 @@ def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F 
     As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of
     range below each clip's loudest bin, then (x + 4) / 4.
     """
-    padded = jnp.pad(audio.astype(jnp.float32), ((0, 0), (FFT_SIZE // 2,) * 2), mode="reflect")
-    # A window is two and a half hops long: three shifted views, where a TPU would crawl to gather.
-    count = audio.shape[1] // HOP
-    hops = padded[:, : (count + 2) * HOP].reshape(len(audio), count + 2, HOP)
-    parts = [hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : FFT_SIZE - 2 * HOP]]
-    frames = jnp.concatenate(parts, axis=-1)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT_SIZE) / FFT_SIZE)
-    spectrum = jnp.fft.rfft(frames * hann.astype(np.float32))
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
-    mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
-    log = jnp.log10(jnp.maximum(mel, 1e-10))
-    log = jnp.maximum(log, log.max(axis=(1, 2), keepdims=True) - 8.0)
-    return (log + 4.0) / 4.0
+
+    def one(clip: Float[Array, "S"]) -> Float[Array, "F M"]:
+        padded = jnp.pad(clip.astype(jnp.float32), FFT_SIZE // 2, mode="reflect")
+        # A window is two and a half hops long: three shifted views, not a gather, at which TPUs
+        # crawl.
+        count = len(clip) // HOP
+        hops = padded[: (count + 2) * HOP].reshape(count + 2, HOP)
+        frames = jnp.concatenate([hops[:-2], hops[1:-1], hops[2:, : FFT_SIZE - 2 * HOP]], axis=-1)
+        spectrum = jnp.fft.rfft(frames * hann.astype(np.float32))
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+        # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
+        mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
+        log = jnp.log10(jnp.maximum(mel, 1e-10))
+        return (jnp.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+
+    # Clip by clip: all spectra at once would be seven times the audio, and on a CPU half as fast.
+    return jax.lax.map(one, audio)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ class Attention(eqx.Module):
     ) -> Float[Array, "B L D"]:
         """The queries of x over given keys and values; scores and softmax in f32."""
         queries = self.split(self.q_proj(x))
-        heard = jax.nn.dot_product_attention(queries, keys, values, is_causal=causal)
+        heard = attention.attend(queries, keys, values, causal)
         return self.out_proj(heard.reshape(x.shape))
 
     def attend_one(

@@ -1,0 +1,122 @@
+"""Attention: each position gathers what it needs from the others. The one place where it is summed.
+
+    queries [B, T, H, K], keys and values [B, S, G, K] -> heard [B, T, H, K]
+
+    scores = queries . keys / sqrt(K);  shares = softmax(scores);  heard = shares . values
+
+Axes: B batch, T positions that ask, S positions that are asked, H query heads, G key/value heads
+(H / G queries share one), K head width.
+
+On accelerators JAX's own attention does it for all heads at once. A CPU cannot afford to: for four
+clips in Whisper's encoder the scores of all heads are 216 MB in each layer, far from every cache,
+and in fresh pages that the system must clear first. Head by head they are 9 MB, in one place that
+is used again and again: four times as fast. The backward pass is then by hand, since it should keep
+no scores either: from what was heard and each row's log-sum-exp it makes the shares anew (Dao et
+al. 2022, "FlashAttention", has the derivation).
+
+Reads: sharding.py.   Read next: whisper.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+import sharding
+
+CACHED = 2**22  # elements: scores of all heads that a CPU can keep near
+IMPLEMENTATION = "xla"  # of JAX's own; "cudnn" is for NVIDIA's GPUs in bfloat16
+
+
+def attend(
+    queries: Float[Array, "B T H K"],
+    keys: Float[Array, "B S G K"],
+    values: Float[Array, "B S G K"],
+    causal: bool = False,
+) -> Float[Array, "B T H K"]:
+    """What each position hears; scores and softmax in f32. Causal: of itself and those before."""
+    scores = queries.shape[0] * queries.shape[2] * queries.shape[1] * keys.shape[1]
+    if sharding.platform() == "cpu" and scores > CACHED:
+        attention = functools.partial(by_head, causal)
+        return sharding.on_own_clips(attention, queries, keys, values)
+    return jax.nn.dot_product_attention(
+        queries, keys, values, is_causal=causal, implementation=IMPLEMENTATION
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_head(
+    causal: bool,
+    queries: Float[Array, "B T H K"],
+    keys: Float[Array, "B S G K"],
+    values: Float[Array, "B S G K"],
+) -> Float[Array, "B T H K"]:
+    """The same, for one key/value head of one clip at a time."""
+    return _forward(causal, queries, keys, values)[0]
+
+
+def _forward(causal, queries, keys, values):
+    def head(arrays):
+        queries, keys, values = wide(arrays)
+        scores = _scores(causal, queries, keys)
+        top = scores.max(-1, keepdims=True)
+        shares = jnp.exp(scores - top)
+        total = shares.sum(-1, keepdims=True)
+        return jnp.einsum("bts,bsk->btk", shares, values) / total, top + jnp.log(total)
+
+    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values)]
+    heard, log_total = checkpoint_name(jax.lax.map(head, parts), sharding.KEPT)
+    return _join(heard, queries), (queries, keys, values, heard, log_total)
+
+
+def _backward(causal, saved, upstream):
+    queries, keys, values, heard, log_total = saved
+
+    def head(arrays):
+        queries, keys, values, heard, log_total, upstream = wide(arrays)
+        shares = jnp.exp(_scores(causal, queries, keys) - log_total)
+        to_values = jnp.einsum("bts,btk->bsk", shares, upstream)
+        to_shares = jnp.einsum("btk,bsk->bts", upstream, values)
+        # softmax: what raises one share lowers all others of its row
+        to_scores = shares * (to_shares - (upstream * heard).sum(-1, keepdims=True))
+        to_scores = to_scores * queries.shape[-1] ** -0.5
+        to_queries = jnp.einsum("bts,bsk->btk", to_scores, keys)
+        return to_queries, jnp.einsum("bts,btk->bsk", to_scores, queries), to_values
+
+    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values, upstream)]
+    to = jax.lax.map(head, (*parts[:3], heard, log_total, parts[3]))
+    return tuple(_join(x, like) for x, like in zip(to, (queries, keys, values), strict=True))
+
+
+by_head.defvjp(_forward, _backward)
+
+
+def wide(arrays):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+
+
+def _scores(causal, queries, keys):
+    """[1, M T, S], of the M query heads that share one key/value head."""
+    # The axis of 1 tells products with weights, which sharding.py keeps for the backward pass, from
+    # these, which it must not keep.
+    scores = jnp.einsum("btk,bsk->bts", queries * queries.shape[-1] ** -0.5, keys)
+    if not causal:
+        return scores
+    at = jnp.arange(scores.shape[1]) % keys.shape[1]
+    return jnp.where(jnp.arange(keys.shape[1]) <= at[:, None], scores, -jnp.inf)
+
+
+def _split(x, heads):
+    """[B, T, H, K] -> [B G, 1, M T, K]"""
+    batch, positions, _, width = x.shape
+    x = x.reshape(batch, positions, heads, -1, width).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch * heads, 1, -1, width)
+
+
+def _join(parts, like):
+    """[B G, 1, M T, K] -> [B, T, H, K], in the dtype of `like`"""
+    batch, positions, heads, width = like.shape
+    whole = parts.reshape(batch, heads, positions, width).transpose(0, 2, 1, 3)
+    return whole.astype(like.dtype)
