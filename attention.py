@@ -58,9 +58,11 @@ def by_head(
 
 
 def _forward(causal, queries, keys, values):
+    seen = _seen(causal, queries, keys)
+
     def head(arrays):
         queries, keys, values = wide(arrays)
-        scores = _scores(causal, queries, keys)
+        scores = _scores(queries, keys, seen)
         top = scores.max(-1, keepdims=True)
         shares = jnp.exp(scores - top)
         total = shares.sum(-1, keepdims=True)
@@ -73,10 +75,11 @@ def _forward(causal, queries, keys, values):
 
 def _backward(causal, saved, upstream):
     queries, keys, values, heard, log_total = saved
+    seen = _seen(causal, queries, keys)
 
     def head(arrays):
         queries, keys, values, heard, log_total, upstream = wide(arrays)
-        shares = jnp.exp(_scores(causal, queries, keys) - log_total)
+        shares = jnp.exp(_scores(queries, keys, seen) - log_total)
         to_values = jnp.einsum("bts,btk->bsk", shares, upstream)
         to_shares = jnp.einsum("btk,bsk->bts", upstream, values)
         # softmax: what raises one share lowers all others of its row
@@ -97,15 +100,18 @@ def wide(arrays):
     return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
 
 
-def _scores(causal, queries, keys):
+def _scores(queries, keys, seen):
     """[1, M T, S], of the M query heads that share one key/value head."""
     # The axis of 1 tells products with weights, which sharding.py keeps for the backward pass, from
     # these, which it must not keep.
     scores = jnp.einsum("btk,bsk->bts", queries * queries.shape[-1] ** -0.5, keys)
-    if not causal:
-        return scores
-    at = jnp.arange(scores.shape[1]) % keys.shape[1]
-    return jnp.where(jnp.arange(keys.shape[1]) <= at[:, None], scores, -jnp.inf)
+    return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+
+
+def _seen(causal, queries, keys):
+    """[M T, S]: the positions up to each query's own; None for all."""
+    at = jnp.tile(jnp.arange(queries.shape[1]), queries.shape[2] // keys.shape[2])
+    return jnp.arange(keys.shape[1]) <= at[:, None] if causal else None
 
 
 def _split(x, heads):

@@ -1,0 +1,133 @@
+"""Forward passes beside transformers: `python -m benchmarks.forward` (two minutes on 2 cores).
+
+Needs `pip install '.[parity]'`. Log-mel, Whisper's encoder, and the LLM's prefill (hidden states of
+a prompt, and its cache), with the random weights and sizes of benchmarks/step.py, in float32 on the
+CPU. The results are compared before anything is timed. Prints README's table;
+benchmarks/forward.json keeps it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import llama
+import whisper
+from benchmarks import side_by_side, step
+
+FILE = Path(__file__).with_suffix(".json")
+RUNS = 15
+AGREE = 1e-4  # of the largest difference: absolute for log-mel (whose range is 2), else relative
+BATCH, PROMPT = 4, 512
+
+
+def audio() -> np.ndarray:
+    """[B, S]: windows of noise."""
+    shape = BATCH, step.WHISPER.window_samples
+    return 0.1 * np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def mel() -> np.ndarray:
+    """[B, F, M]"""
+    return np.asarray(whisper.log_mel(audio(), step.WHISPER.num_mel_bins))
+
+
+def embeds() -> np.ndarray:
+    """[B, L, E]"""
+    shape = BATCH, PROMPT, step.LLAMA.hidden_size
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def log_mel(folder: Path) -> Callable[[], np.ndarray]:
+    function, clips = jax.jit(whisper.log_mel, static_argnums=1), audio()
+    return lambda: np.asarray(function(clips, step.WHISPER.num_mel_bins))
+
+
+def encoder(folder: Path) -> Callable[[], np.ndarray]:
+    model, frames = whisper.Whisper.load(folder / "whisper").encoder, mel()
+    function = jax.jit(lambda model, mel: model(mel))
+    return lambda: np.asarray(function(model, frames))
+
+
+def prefill(folder: Path) -> Callable[[], np.ndarray]:
+    model, prompt = llama.Llama.load(folder / "llama"), jnp.asarray(embeds())
+    lengths = jnp.full(BATCH, PROMPT)
+    function = jax.jit(lambda model, *inputs: model.prefill(*inputs, room=0))
+
+    def work():
+        hidden, _ = jax.block_until_ready(function(model, prompt, lengths))
+        return np.asarray(hidden)
+
+    return work
+
+
+def measure(name: str, makers: dict[str, tuple]) -> dict[str, Any]:
+    """How far all sides agree with the first, and their seconds. Raises above AGREE."""
+    with side_by_side.sides(makers) as made:
+        results = {side: made[side].run() for side in made}
+        ours, *others = results.values()
+        scale = 1.0 if name == "log-mel" else float(np.abs(ours).max())
+        apart = max(float(np.abs(ours - other).max()) / scale for other in others)
+        assert apart <= AGREE, (name, apart)
+        seconds = side_by_side.take_turns(made, RUNS)
+    here = seconds.pop("here")
+    return {
+        "name": name,
+        "apart": apart,
+        "seconds": median(here),
+        "peers": {
+            peer: {"seconds": median(theirs), "ratio": side_by_side.faster(here, theirs)}
+            for peer, theirs in seconds.items()
+        },
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    """README's table."""
+    lines = ["| | here, ms | transformers, ms | here is faster |", "|---|--:|--:|--:|"]
+    for row in measured["rows"]:
+        for peer, theirs in row["peers"].items():
+            name = f"{row['name']}, {peer}" if len(row["peers"]) > 1 else row["name"]
+            lines.append(
+                f"| {name} | {1e3 * row['seconds']:.1f} | {1e3 * theirs['seconds']:.1f} "
+                f"| {theirs['ratio']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    from benchmarks import peer  # torch: imported where it is used, so that the table needs none
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        step.write(folder)
+        sides = {
+            "log-mel": {
+                "here": (log_mel, folder),
+                "in NumPy, as without torch": (peer.log_mel, audio(), False),
+                "in torch": (peer.log_mel, audio(), True),
+            },
+            "encoder": {
+                "here": (encoder, folder),
+                "transformers": (peer.encoder, folder, mel()),
+            },
+            "prefill": {
+                "here": (prefill, folder),
+                "transformers": (peer.prefill, folder, embeds()),
+            },
+        }
+        rows = [measure(name, makers) for name, makers in sides.items()]
+    machine = side_by_side.machine("jax", "torch", "transformers")
+    measured = {"machine": machine, "rows": rows}
+    FILE.write_text(json.dumps(measured, indent=1) + "\n")
+    print(table(measured) + "\n\n" + machine)
+
+
+if __name__ == "__main__":
+    main()

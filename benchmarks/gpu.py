@@ -1,0 +1,239 @@
+"""A full-size step and generation on one GPU: `python -m benchmarks.gpu` (pip install '.[cuda]').
+
+train.py's own step on random weights in the sizes of diva-8b, in bfloat16, with each response loss
+and each implementation of attention; and llama.generate at batch 1. The figures are held against
+what this very card reaches: the rate of a large matrix product, and of streaming through memory.
+Each row runs in a process of its own, with the largest of BATCHES that fits. Prints README's
+tables; benchmarks/gpu.json keeps them. It runs on any device that JAX has; with the toy's sizes
+(--asr toy/whisper --llm toy/llama) on a laptop, to try it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+import zlib
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import attention
+import cost
+import llama
+import sharding
+import train
+import weights
+import whisper
+from benchmarks import side_by_side
+
+FILE = Path(__file__).with_suffix(".json")
+BATCHES = 128, 96, 64, 48, 32, 16, 8, 4
+STEPS, WARM = 10, 3
+PROMPT, NEW = 32, 256  # tokens
+LOSSES = "l2", "gram", "kl"
+IMPLEMENTATIONS = "xla", "cudnn"
+SIDE = 8192  # of the square matrices
+
+
+def fastest(function: Any, *arguments: Any, repeats: int = 10) -> float:
+    """Seconds of the fastest of some runs: for what the card can do at best."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def limits() -> dict[str, Any]:
+    """FLOP/s of a bfloat16 matrix product, and bytes a second read and written, of this card."""
+    side = SIDE if jax.default_backend() == "gpu" else 1024
+    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+
+    @jax.jit
+    def products(x):
+        return jax.lax.fori_loop(0, 10, lambda _, x: x @ matrix * 0.01, x)
+
+    long = jnp.zeros(16 * side * side, jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "flops": 10 * 2 * side**3 / fastest(products, matrix),
+        "bandwidth": 2 * long.nbytes / fastest(add, long),
+    }
+
+
+def filled(tree: Any) -> Any:
+    """Arrays for the shapes of `tree`: norms 1, other weights random, counters and tokens 0."""
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            array = jnp.zeros(leaf.shape, leaf.dtype)
+        elif "norm" in name:
+            array = jnp.ones(leaf.shape, leaf.dtype)
+        elif name.endswith(".gram"):
+            array = jnp.eye(*leaf.shape, dtype=leaf.dtype)
+        else:
+            key = jax.random.key(zlib.crc32(name.encode()))
+            array = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        return jax.device_put(array, leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, tree)
+
+
+def step(whisper_name: str, llm_name: str, loss: str, implementation: str) -> dict[str, Any]:
+    """Clips a second, FLOP/s and memory of the largest batch that fits."""
+    attention.IMPLEMENTATION = implementation
+    asr = cost.sizes_of(whisper.WhisperConfig, whisper_name)
+    llm = cost.sizes_of(llama.LlamaConfig, llm_name)
+    device = jax.devices()[0]
+    room = float((device.memory_stats() or {}).get("bytes_limit", math.inf))
+    for size in BATCHES:
+        config = dataclasses.replace(
+            train.PRESETS["diva-8b"], batch_size=size, response_loss=loss, dtype="bfloat16"
+        )
+        mesh = sharding.make_mesh(size, devices=[device])
+        state = train.abstract_state(config, asr, llm, mesh)
+        length = min(cost.TEXT, asr.max_target_positions)
+        batch = train.abstract_batch(config, asr.window_samples, length, mesh)
+        try:
+            compiled, recompute = train.compile_step(config, mesh, room, state, batch)
+        except ValueError:
+            continue  # it does not fit
+        break
+    else:
+        raise ValueError(f"not even {BATCHES[-1]} clips fit")
+    rng = np.random.default_rng(0)
+    clips = {
+        "audio": rng.normal(size=(size, asr.window_samples)).astype(np.float32),
+        "ids": rng.integers(0, llm.vocab_size, (size, length)).astype(np.int32),
+        "lengths": np.full(size, cost.MEAN_TEXT, np.int32),
+        "weights": np.ones(size, np.float32),
+    }
+    params, opt_state, frozen = state
+    params, frozen = filled(params), filled(frozen)
+    opt_state = jax.tree.map(
+        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), opt_state
+    )
+    batch, times = train.to_devices(clips, mesh), []
+    for number in range(-WARM, STEPS):
+        start = time.perf_counter()
+        params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(0))
+        jax.block_until_ready(metrics)
+        if number >= 0:
+            times.append(time.perf_counter() - start)
+    turn = cost.PREFIX + cost.SUFFIX
+    work = sum(cost.flops(asr, llm, asr.max_target_positions, turn, length).values())
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return {
+        "batch": size,
+        "recompute": recompute,
+        "seconds": median(times),
+        "flops": work * size / median(times),
+        "memory": peak or cost.bytes_needed(compiled.memory_analysis()),
+        "finite": bool(np.asarray(metrics["finite"]).all()),
+    }
+
+
+def generation(llm_name: str) -> dict[str, float]:
+    """Tokens a second at batch 1, and the bytes of weights that each must read."""
+    config = cost.sizes_of(llama.LlamaConfig, llm_name)
+    template = weights.abstract(llama.Llama.init, config, jax.random.key(0), dtype=jnp.bfloat16)
+    llm = filled(template)
+    embeds = llm.embed(jnp.zeros((1, PROMPT), jnp.int32))
+    lengths = jnp.full(1, PROMPT)
+
+    def answer():
+        return llama.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
+
+    read = sum(x.nbytes for x in jax.tree.leaves(llm.model.layers)) + llm.output_matrix.nbytes
+    return {"tokens": NEW / fastest(answer, repeats=5), "bytes": read}
+
+
+def measure(whisper_name: str, llm_name: str) -> dict[str, Any]:
+    """All figures; a row that fails says why."""
+
+    def alone(function: Any, *arguments: Any) -> Any:
+        with side_by_side.sides({"": (dict,)}) as made:  # a fresh process, with nothing prepared
+            return made[""].do(function, *arguments)
+
+    found: dict[str, Any] = {"limits": alone(limits), "steps": []}
+    for implementation in IMPLEMENTATIONS:
+        for loss in LOSSES:
+            row = {"loss": loss, "attention": implementation}
+            try:
+                row |= alone(step, whisper_name, llm_name, loss, implementation)
+            except Exception as error:
+                row["error"] = str(error).splitlines()[0]
+            found["steps"].append(row)
+            print(json.dumps(row), flush=True)
+    found["generation"] = alone(generation, llm_name)
+    found["machine"] = side_by_side.machine("jax")
+    return found
+
+
+def table(measured: dict[str, Any]) -> str:
+    """README's tables; empty cells where nothing was measured."""
+    rows = {(row["loss"], row["attention"]): row for row in measured.get("steps", ())}
+    limits = measured.get("limits")
+    lines = [
+        "| response loss | attention | clips, recomputes | step, s | clips/s | MFU % | HBM, GiB |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for implementation in IMPLEMENTATIONS:
+        for loss in LOSSES:
+            row = rows.get((loss, implementation), {"error": ""})
+            cells = (
+                [row["error"], "", "", "", ""]
+                if "error" in row
+                else [
+                    f"{row['batch']}, {row['recompute']}",
+                    f"{row['seconds']:.2f}",
+                    f"{row['batch'] / row['seconds']:.1f}",
+                    f"{100 * row['flops'] / limits['flops']:.0f}",
+                    f"{row['memory'] / cost.GIB:.1f}",
+                ]
+            )
+            lines.append(f"| {loss} | {implementation} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| generation, batch 1 | tokens/s | share of the memory's speed % |",
+        "|---|--:|--:|",
+    ]
+    cells = ["", ""]
+    if limits:
+        rate, size = measured["generation"]["tokens"], measured["generation"]["bytes"]
+        cells = [f"{rate:.1f}", f"{100 * rate * size / limits['bandwidth']:.0f}"]
+    lines.append("| Llama-3-8B, bfloat16 | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    asr: str = "openai/whisper-large-v3", llm: str = "meta-llama/Llama-3.1-8B-Instruct"
+) -> None:
+    """Measure, keep and print.
+
+    Args:
+        asr: sizes of the Whisper: a published one's name, or a folder.
+        llm: sizes of the Llama.
+    """
+    # of the processes that are started: nearly all of the card, and none of it for this one
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    measured = measure(asr, llm)
+    if jax.default_backend() == "gpu":
+        FILE.write_text(json.dumps(measured, indent=1) + "\n")
+    else:
+        print("not a GPU: nothing is kept")
+    print(table(measured) + "\n\n" + json.dumps(measured["limits"]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

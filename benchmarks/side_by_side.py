@@ -1,0 +1,112 @@
+"""Two programs that do the same work, timed beside each other.
+
+Each side lives in a process of its own, so that neither shares threads, allocator or memory with
+the other; and they take turns, one run each, so that a noisy machine disturbs both. A figure is the
+median of the runs, a ratio the median of the ratios of neighbouring runs.
+"""
+
+import ctypes
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MIB = 2.0**20
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_work: Callable[[], Any]  # of a side, in its process
+_before = 0  # bytes that the process held when its libraries were loaded, and nothing else
+
+
+def held(name: str) -> int:
+    """Bytes of memory of this process: VmRSS now, VmHWM at most since `CLEAR` was written to."""
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else [f"{name}: 0"]
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _make(make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+    global _work, _before
+    _before = held("VmRSS")
+    _work = make(*arguments)
+
+
+def _run() -> Any:
+    return _work()
+
+
+def _timed() -> float:
+    start = time.perf_counter()
+    _work()
+    return time.perf_counter() - start
+
+
+def _peak() -> int:
+    """Bytes held at most during one run, above what the libraries hold without any work."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free, and only kept, is no need of the work
+    CLEAR.write_text("5")  # VmHWM becomes what is held now
+    _work()
+    return held("VmHWM") - _before
+
+
+class Side:
+    """A process in which `make(*arguments)` has prepared the work; it idles while others work."""
+
+    def __init__(self, make: Callable[..., Callable[[], Any]], *arguments: Any):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.do(_make, make, arguments)
+
+    def do(self, function: Callable, *arguments: Any) -> Any:
+        return self.pool.submit(function, *arguments).result()
+
+    def run(self) -> Any:
+        """What the work returns."""
+        return self.do(_run)
+
+
+@contextmanager
+def sides(makers: dict[str, tuple]) -> Iterator[dict[str, Side]]:
+    """{name: Side(*maker)}, one prepared behind the other; their processes end with the block."""
+    made: dict[str, Side] = {}
+    try:
+        for name, maker in makers.items():
+            made[name] = Side(*maker)
+        yield made
+    finally:
+        for side in made.values():
+            side.pool.shutdown()
+
+
+def take_turns(made: dict[str, Side], runs: int, warm: int = 2) -> dict[str, list[float]]:
+    """{name: seconds of each run}, all sides in turns, behind `warm` runs that are not counted."""
+    result: dict[str, list[float]] = {name: [] for name in made}
+    for run in range(-warm, runs):
+        for name, side in made.items():
+            seconds = side.do(_timed)
+            if run >= 0:
+                result[name].append(seconds)
+    return result
+
+
+def peak(side: Side) -> int:
+    """Bytes that one more run of a side needs at most, weights included. Linux only."""
+    return side.do(_peak)
+
+
+def faster(ours: list[float], theirs: list[float]) -> float:
+    """How many times as fast `ours` is: the median over neighbouring runs."""
+    return median(other / own for other, own in zip(theirs, ours, strict=True))
+
+
+def machine(*packages: str) -> str:
+    """The processor and the versions, for the line below a table."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}; {versions}"

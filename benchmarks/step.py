@@ -1,0 +1,247 @@
+"""A training step beside PyTorch's: `python -m benchmarks.step` (about ten minutes on 2 cores).
+
+Needs `pip install '.[parity]'`. Two programs with the same weights, batch, losses and optimizer, in
+float32 on the CPU: train.py's own step; and the same DiVA made of transformers' Whisper and Llama
+(benchmarks/peer.py), eager and under torch.compile. First it is shown that both losses and the
+gradient of every trained tensor agree; then the sides take turns. Prints README's table;
+benchmarks/step.json keeps it.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import connector
+import cost
+import llama
+import sharding
+import train
+import weights
+import whisper
+from benchmarks import side_by_side
+
+ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_suffix(".json")
+RUNS = {"the toy's": 60, "Whisper-tiny, 60 M LLM": 9}
+AGREE = 1e-4  # relative, of a loss and of the gradient of a tensor
+WHISPER = whisper.WhisperConfig(  # whisper-tiny's sizes
+    d_model=384,
+    encoder_layers=4,
+    encoder_attention_heads=6,
+    encoder_ffn_dim=1536,
+    decoder_layers=4,
+    decoder_attention_heads=6,
+    decoder_ffn_dim=1536,
+    num_mel_bins=80,
+    max_source_positions=1500,
+    max_target_positions=448,
+    vocab_size=51_865,
+    decoder_start_token_id=50_258,
+    eos_token_id=50_257,
+)
+LLAMA = llama.LlamaConfig(  # 61 million parameters
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=48_000,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=500_000.0,
+    tie_word_embeddings=True,
+)
+
+
+def write(folder: Path) -> Path:
+    """A DiVA folder of random weights in the sizes above, beside its Whisper and its Llama."""
+    asr = whisper.Whisper.init(WHISPER, jax.random.key(0))
+    llm = llama.Llama.init(LLAMA, jax.random.key(1))
+    for name, model, kind, start in (
+        ("whisper", asr, "whisper", "model."),
+        ("llama", llm, "llama", ""),
+    ):
+        weights.save(model, folder / name, prefix=start)
+        config = {"model_type": kind} | dataclasses.asdict(model.config)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    diva = connector.DiVA.create(asr, llm, None, jax.random.key(2))
+    diva.save(folder / "diva", str(folder / "whisper"), str(folder / "llama"))
+    return folder / "diva"
+
+
+def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
+    """Noise, transcripts of random tokens (Common Voice's lengths), and the teacher's rows."""
+    rng = np.random.default_rng(0)
+    diva = connector.DiVA.load(folder)
+    queries, vocabulary = len(diva.connector.query_tokens), diva.llm.config.vocab_size
+    longest = min(cost.TEXT, queries)
+    lengths = rng.integers(1, min(2 * cost.MEAN_TEXT, longest), size)
+    prefix, suffix = (np.array(part, np.int32) for part in turn)
+    batch = {
+        "audio": 0.1 * rng.normal(size=(size, diva.window_samples)).astype(np.float32),
+        "ids": rng.integers(3, vocabulary, (size, longest)).astype(np.int32),
+        "lengths": lengths.astype(np.int32),
+        "weights": np.ones(size, np.float32),
+    }
+    text, last = train.text_turn(batch["ids"], batch["lengths"], prefix, suffix)
+    teacher = {"text": np.asarray(text), "last": np.asarray(last)}
+    return batch | teacher | {"prefix": prefix, "suffix": suffix}
+
+
+# ------------------------------------------------------------------------------------- our own side
+
+
+def state(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> tuple:
+    """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
+    mesh = sharding.make_mesh(len(batch["ids"]))
+    diva = sharding.place(connector.DiVA.load(folder), mesh)
+    params, frozen = eqx.partition(diva, connector.trainable(diva))
+    frozen = train.Frozen(frozen, jnp.asarray(batch["prefix"]), jnp.asarray(batch["suffix"]), None)
+    opt_state = jax.jit(train.make_optimizer(train.recipe_of(config)).init)(params)
+    names = ("audio", "ids", "lengths", "weights")
+    return mesh, (params, opt_state, frozen), {name: batch[name] for name in names}
+
+
+def gradient(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
+    """The two losses, and their weighted sum's gradient by the tensors' published names."""
+    _, (params, _, frozen), batch = state(folder, batch, config)
+
+    def work():
+        of_loss = jax.jit(jax.grad(train.loss_fn, has_aux=True), static_argnums=3)
+        grads, (metrics, _) = of_loss(params, frozen, batch, train.recipe_of(config))
+        named = {}
+        for leaf, names, stacked in weights.names_of(grads.connector.published()):
+            named |= {n: np.asarray(leaf[i] if stacked else leaf) for i, n in enumerate(names)}
+        return [float(metrics[name]) for name in ("alignment", "response")], named
+
+    return work
+
+
+def training(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
+    """A step of training, always on `batch`, as train.py's loop does it; returns the two losses."""
+    mesh, (params, opt_state, frozen), batch = state(folder, batch, config)
+    step, on_devices = 0, train.to_devices(batch, mesh)
+    compiled, _ = train.compile_step(
+        config, mesh, math.inf, (params, opt_state, frozen), on_devices
+    )
+
+    def work():
+        nonlocal params, opt_state, step
+        on_devices = train.to_devices(batch, mesh)
+        params, opt_state, metrics = compiled(params, opt_state, frozen, on_devices, np.int32(step))
+        step += 1
+        return [float(metrics[name]) for name in ("alignment", "response")]
+
+    return work
+
+
+# ---------------------------------------------------------------------------------- side by side
+
+
+def agreement(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> dict[str, float]:
+    """Relative differences of ours and theirs: the larger loss's, the worst tensor's gradient's.
+
+    Raises AssertionError above AGREE.
+    """
+    from benchmarks import peer  # torch: imported where it is used, so that the table needs none
+
+    makers = {"ours": (gradient,), "theirs": (peer.gradient,)}
+    makers = {name: (*maker, folder, batch, config) for name, maker in makers.items()}
+    with side_by_side.sides(makers) as made:
+        (ours, our_grads), (theirs, their_grads) = (side.run() for side in made.values())
+    assert our_grads.keys() == their_grads.keys(), our_grads.keys() ^ their_grads.keys()
+
+    def apart(a: Any, b: Any) -> float:
+        return float(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b))
+
+    found = {
+        "tensors": len(our_grads),
+        "losses": max(apart(a, b) for a, b in zip(ours, theirs, strict=True)),
+        "gradients": max(apart(our_grads[name], their_grads[name]) for name in our_grads),
+    }
+    assert max(found["losses"], found["gradients"]) <= AGREE, found
+    return found
+
+
+def measure(models: str, folder: Path, size: int, turn: tuple[list[int], list[int]]) -> dict:
+    """Agreement, seconds and memory of all sides."""
+    from benchmarks import peer
+
+    config = train.PRESETS["toy" if "toy" in models else "diva-1b"]
+    config = dataclasses.replace(config, batch_size=size)
+    batch = make_batch(folder, size, turn)
+    row: dict[str, Any] = {"models": models, "batch": size, "queries": queries_of(folder)}
+    row |= {"agreement": agreement(folder, batch, recipe)}
+    makers = {
+        "here": (training, folder, batch, config),
+        "eager": (peer.training, folder, batch, config, False),
+        "compiled": (peer.training, folder, batch, config, True),
+    }
+    with side_by_side.sides(makers) as made:
+        seconds = side_by_side.take_turns(made, RUNS[models])
+        peaks = {name: side_by_side.peak(side) for name, side in made.items()}
+        losses = {name: side.run() for name, side in made.items()}
+    for name in makers:
+        row[name] = {
+            "seconds": median(seconds[name]),
+            "ratio": side_by_side.faster(seconds["here"], seconds[name]),
+            "peak": peaks[name],
+            "memory_ratio": peaks["here"] / peaks[name],
+            "losses": losses[name],  # after as many steps on the same batch
+        }
+    return row
+
+
+def queries_of(folder: Path) -> int:
+    return weights.read_json(folder / "config.json")["queries"]
+
+
+def table(measured: dict[str, Any]) -> str:
+    """README's table."""
+    lines = [
+        "| models, batch, queries | | step, ms | here is faster | peak memory, MiB | here / it |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    names = {"here": "here", "eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
+    for row in measured["rows"]:
+        models = f"{row['models']}, {row['batch']}, {row['queries']}"
+        for name, shown in names.items():
+            side = row[name]
+            ours = name == "here"
+            cells = [
+                models if ours else "",
+                shown,
+                f"{1e3 * side['seconds']:.0f}",
+                "" if ours else f"{side['ratio']:.2f}",
+                f"{side['peak'] / side_by_side.MIB:,.0f}",
+                "" if ours else f"{side['memory_ratio']:.2f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", measured["machine"]])
+
+
+def main() -> None:
+    rows = []
+    toy = tuple(map(tuple, llama.Chat.load(ROOT / "toy" / "llama").wrap()))
+    rows.append(measure("the toy's", ROOT / "toy" / "diva", 16, toy))
+    with tempfile.TemporaryDirectory() as name:
+        turn = [5] * cost.PREFIX, [6] * cost.SUFFIX
+        rows.append(measure("Whisper-tiny, 60 M LLM", write(Path(name)), 4, turn))
+    machine = side_by_side.machine("jax", "torch", "transformers")
+    measured = {"machine": machine, "rows": rows}
+    FILE.write_text(json.dumps(measured, indent=1) + "\n")
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()

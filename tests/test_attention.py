@@ -1,0 +1,306 @@
+"""attention.py: what is heard and its gradients, whichever way they are summed, and at what cost.
+
+The oracle is attention in float64 numpy, its gradients by central differences.
+Axes: B batch, T and S positions, H query heads, G key/value heads, K head width, D = H K.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+from test_sharding import equations, inside, laid_out
+
+import attention
+import cost
+import sharding
+
+ROUNDING = 16 * 2.0**-23  # f32: a chain of short sums, exp of scores of about 1
+BY_CLIP = P(sharding.AXES)
+
+CASES = {  # B, T, S, H, G, K, causal
+    "a head each": (3, 5, 7, 2, 2, 4, False),
+    "two queries share a head": (1, 7, 5, 4, 2, 3, False),
+    "four share a head": (3, 3, 6, 4, 1, 2, False),
+    "causal": (3, 6, 6, 2, 2, 4, True),
+    "causal, two share": (1, 6, 6, 4, 2, 3, True),
+    "causal, four share": (3, 4, 4, 8, 2, 2, True),
+    "causal, fewer keys": (1, 6, 4, 4, 2, 3, True),
+    "causal, more keys": (1, 4, 6, 4, 2, 3, True),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def instance(case, dtype=jnp.float32, scale=1.0):
+    """(queries * scale, keys, values, upstream gradient, causal)."""
+    b, t, s, h, g, k, causal = case
+    rng = np.random.default_rng(0)
+    shapes = (b, t, h, k), (b, s, g, k), (b, s, g, k), (b, t, h, k)
+    queries, *others = (rng.normal(size=shape) for shape in shapes)
+    return *(jnp.asarray(x, dtype) for x in (queries * scale, *others)), causal
+
+
+def numpy_attention(queries, keys, values, causal):
+    shared = queries.shape[2] // keys.shape[2]
+    keys, values = (np.repeat(x, shared, axis=2) for x in (keys, values))
+    scores = np.einsum("bthk,bshk->bhts", queries, keys) / np.sqrt(queries.shape[3])
+    if causal:
+        scores[:, :, np.triu(np.ones(scores.shape[2:], bool), 1)] = -np.inf
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshk->bthk", shares, values)
+
+
+def numpy_outcome(queries, keys, values, upstream, causal, step=1e-5):
+    """(heard, gradients for queries, keys and values), the latter number by number."""
+    *arrays, upstream = (np.array(x, np.float64) for x in (queries, keys, values, upstream))
+    heard = numpy_attention(*arrays, causal)
+    gradients = [np.empty_like(x) for x in arrays]
+    for array, gradient in zip(arrays, gradients, strict=True):
+        for at in np.ndindex(array.shape):
+            middle, ends = array[at], []
+            for array[at] in (middle + step, middle - step):
+                ends.append((numpy_attention(*arrays, causal) * upstream).sum())
+            array[at] = middle
+            gradient[at] = (ends[0] - ends[1]) / (2 * step)
+    return heard, *gradients
+
+
+def with_gradients(function):
+    """(queries, keys, values, upstream) -> (heard, gradients for the first three)."""
+
+    def outcome(*arrays):
+        heard, pull = jax.vjp(function, *arrays[:3])
+        return heard, *pull(arrays[3])
+
+    return outcome
+
+
+@functools.partial(jax.jit, static_argnames="causal")
+def by_head_outcome(*arrays, causal):
+    return with_gradients(functools.partial(attention.by_head, causal))(*arrays)
+
+
+def assert_close(got, expected, rounding=ROUNDING, rtol=0.0):
+    """Apart by no more than `rounding` of an array's largest number and `rtol` of each number."""
+    names = ("heard", "for queries", "for keys", "for values")[: len(expected)]
+    for name, *pair in zip(names, got, expected, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in pair)
+        atol = rounding * np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
+
+
+# ----------------------------------------------------------------------------------- by head, alone
+
+
+@cases
+def test_by_head_hears_and_learns_what_the_definition_says(case):
+    """Heard and all three gradients, by a random gradient from above, are those of numpy in f64."""
+    *arrays, causal = instance(case)
+    assert_close(by_head_outcome(*arrays, causal=causal), numpy_outcome(*arrays, causal))
+
+
+@cases
+def test_by_head_is_jax_s_own_attention(case):
+    """The same outcome and gradients: which of the two is taken changes no result."""
+    *arrays, causal = instance(case)
+    own = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    expected = jax.jit(with_gradients(own))(*arrays)
+    assert_close(by_head_outcome(*arrays, causal=causal), expected)
+
+
+@pytest.mark.parametrize("case", [CASES["a head each"], CASES["causal, two share"]])
+def test_scores_too_large_for_exp_do_no_harm(case):
+    """Scores in the hundreds: f32 has exp only up to 88."""
+    *arrays, causal = instance(case, scale=200)
+    got = by_head_outcome(*arrays, causal=causal)
+    assert all(np.isfinite(x).all() for x in got)
+    # Scores of up to 1000 are rounded to 2^-15, and their differences are the exponents of shares.
+    assert_close(got, numpy_outcome(*arrays, causal), rounding=4 * 2.0**-15)
+
+
+@cases
+def test_bfloat16_is_rounded_once_at_the_end(case):
+    """Outcome and gradients have the dtype of the inputs and no other error than its rounding."""
+    *arrays, causal = instance(case, jnp.bfloat16)
+    got = by_head_outcome(*arrays, causal=causal)
+    assert {x.dtype for x in got} == {jnp.bfloat16.dtype}
+    assert_close(got, numpy_outcome(*arrays, causal), rtol=2.0**-8)
+
+
+def test_each_gradient_has_the_dtype_of_its_input():
+    """Also where they differ; what is heard has that of the queries."""
+    *arrays, causal = instance(CASES["a head each"])
+    kinds = (jnp.bfloat16, jnp.float32, jnp.float16, jnp.bfloat16)
+    mixed = [x.astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
+    got = by_head_outcome(*mixed, causal=causal)
+    assert [x.dtype for x in got] == [jnp.bfloat16, *kinds[:3]]
+
+
+# ------------------------------------------------------------------------------- which way is taken
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list:
+    """The ways that `attend` has taken, and what it has said to each besides the arrays."""
+    ways, by_head, own = [], attention.by_head, jax.nn.dot_product_attention
+
+    def watch_by_head(causal, *arrays):
+        ways.append(("by head", causal))
+        return by_head(causal, *arrays)
+
+    def watch_own(*arrays, is_causal, implementation):
+        ways.append(("JAX", is_causal, implementation))
+        return own(*arrays, is_causal=is_causal)
+
+    monkeypatch.setattr(attention, "by_head", watch_by_head)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", watch_own)
+    return ways
+
+
+@pytest.mark.parametrize("case", [CASES["two queries share a head"], CASES["causal"]])
+def test_a_cpu_goes_head_by_head_where_scores_exceed_its_cache(case, monkeypatch, taken):
+    """Scores of all clips and heads count; up to CACHED of them JAX's own way is taken."""
+    *arrays, _, causal = instance(case)
+    b, t, s, h, *_ = case
+    expected = numpy_attention(*(np.asarray(x, np.float64) for x in arrays), causal)
+    for cached in (b * h * t * s, b * h * t * s - 1):
+        monkeypatch.setattr(attention, "CACHED", cached)
+        assert_close([attention.attend(*arrays, causal)], [expected])
+    assert taken == [("JAX", causal, "xla"), ("by head", causal)]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_an_accelerator_takes_jax_s_own_way_always(platform, monkeypatch, taken):
+    """However many scores there are, and by the implementation that is asked for."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    monkeypatch.setattr(attention, "CACHED", 0)
+    queries, keys, values, *_ = instance(CASES["causal"])
+    for implementation in ("xla", "cudnn"):
+        monkeypatch.setattr(attention, "IMPLEMENTATION", implementation)
+        attention.attend(queries, keys, values, causal=True)
+    assert taken == [("JAX", True, "xla"), ("JAX", True, "cudnn")]
+
+
+def abstract_mesh(platform: str | None):
+    device = platform and AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    return AbstractMesh((2, 4), sharding.AXES, abstract_device=device)
+
+
+def test_the_platform_is_that_of_the_named_mesh_or_of_this_process(monkeypatch):
+    """A mesh may be of devices that are not here; one without devices says nothing."""
+    assert sharding.platform() == "cpu"
+    for platform in ("tpu", "gpu"):
+        with jax.sharding.use_abstract_mesh(abstract_mesh(platform)):
+            assert sharding.platform() == platform
+    real = sharding.make_mesh(8)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert sharding.platform() == "tpu"
+    with jax.sharding.use_abstract_mesh(abstract_mesh(None)):
+        assert sharding.platform() == "tpu"
+    with jax.sharding.use_abstract_mesh(real.abstract_mesh):
+        assert sharding.platform() == "cpu"
+
+
+# ----------------------------------------------------------------------------- over several devices
+
+
+def share_out(mesh, arrays):
+    """Each device's clips on it."""
+    return arrays if mesh is None else jax.device_put(arrays, NamedSharding(mesh, BY_CLIP))
+
+
+@pytest.mark.parametrize(("fsdp", "causal"), [(8, False), (4, True)])
+def test_devices_attend_to_their_own_clips_and_send_nothing(fsdp, causal, monkeypatch):
+    """The numbers of one device, forward and backward, laid out by clip, without a collective."""
+    monkeypatch.setattr(attention, "CACHED", 0)
+    mesh = sharding.make_mesh(8, fsdp)
+    *arrays, _ = instance((16, 6, 6, 4, 2, 4, causal))
+    split = share_out(mesh, arrays)
+    function = with_gradients(functools.partial(attention.attend, causal=causal))
+    compiled = inside(mesh, function).lower(*split).compile()
+    program = cost.Program(compiled, 8)
+    assert not program.collectives and "all-" not in compiled.as_text()
+    assert program.flops == 7 * product(16, 4, 6, 4) / 8
+    got = compiled(*split)
+    assert all(laid_out(x, mesh, BY_CLIP) for x in got)
+    assert_close(got, by_head_outcome(*arrays, causal=causal))
+
+
+# -------------------------------------------------------------------------------- within the layers
+
+N, B, T, H, G, K = 2, 8, 128, 4, 2, 2  # many positions: of all arrays the scores are the largest
+D = H * K
+
+
+def product(b: int, h: int, t: int, k: int) -> int:
+    """FLOPs of one product of [t, k] and [k, t] for each head of each clip."""
+    return 2 * b * h * t * t * k
+
+
+class Layer(eqx.Module):
+    query: Array  # [N, D, D]
+    key: Array  # [N, G K, D]
+    value: Array  # [N, G K, D]
+    out: Array  # [N, D, D]
+
+    def __call__(self, x):
+        queries, keys, values = (
+            (x @ w.T).reshape(*x.shape[:2], -1, K) for w in (self.query, self.key, self.value)
+        )
+        heard = attention.attend(queries, keys, values, causal=True)
+        return x + heard.reshape(x.shape) @ self.out.T
+
+
+def stack_gradient(recompute):
+    """(function, its arguments): the gradient of a stack for its weights and its clips."""
+    rng = np.random.default_rng(0)
+    shapes = [(N, rows, D) for rows in (D, G * K, G * K, D)] + [(B, T, D)]
+    *matrices, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def loss(layers, x):
+        return jnp.square(sharding.run_layers(layers, x, Layer.__call__, recompute)).sum()
+
+    return jax.grad(loss, argnums=(0, 1)), (Layer(*matrices), x)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("recompute", ["attention", "layers"])
+def test_attention_takes_two_products_forward_and_five_backward(recompute, split, monkeypatch):
+    """In all by the policy "attention", which runs the forward loop once: what it leaves is enough.
+    By "layers" both of its products and the three projections before them are done again."""
+    monkeypatch.setattr(attention, "CACHED", 0)
+    mesh = sharding.make_mesh(B) if split else None
+    function, (layers, x) = stack_gradient(recompute)
+    compiled = inside(mesh, function).lower(layers, share_out(mesh, x)).compile()
+    wide, narrow = (2 * B * T * D * width for width in (D, G * K))
+    by_hand = 7 * product(B, H, T, K) + 3 * (2 * wide + 2 * narrow)
+    if recompute == "layers":
+        by_hand += 2 * product(B, H, T, K) + wide + 2 * narrow
+    devices = 8 if split else 1
+    assert cost.Program(compiled, devices).flops == N * by_hand / devices
+
+
+@pytest.mark.parametrize("recompute", ["attention", "layers"])
+def test_no_scores_are_kept(recompute, monkeypatch):
+    """Forward and backward no array is larger than the scores of one key/value head of one clip,
+    and the compiled program has no room for the scores of all."""
+    one, every = (H // G) * T * T, B * H * T * T
+
+    def measure():
+        function, arguments = stack_gradient(recompute)
+        compiled = jax.jit(function).lower(*arguments).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        made = equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return max(v.aval.size for e in made for v in e.outvars), memory
+
+    elements, memory = measure()
+    assert elements >= every and memory >= 4 * every, "scores of JAX's own way are not seen"
+    monkeypatch.setattr(attention, "CACHED", 0)
+    elements, memory = measure()
+    assert elements == one and memory < 4 * every
