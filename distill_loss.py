@@ -53,7 +53,7 @@ import tyro
 from jaxtyping import Array, Float, Int, PyTree
 from safetensors import SafetensorError, safe_open
 
-CHUNK = 8192  # rows of the output matrix that the exact KL holds at a time
+CHUNK = 2048  # rows of the output matrix that the exact KL holds at a time
 # bf16 rows times f32 states: full f32 products also where the hardware's default is bf16.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

@@ -34,8 +34,8 @@ def deeper(sizes: Any, times: int) -> Any:
     return dataclasses.replace(sizes, **{name: times * getattr(sizes, name) for name in stacks})
 
 
-def compiled(preset: str, times: int) -> dict[str, float]:
-    """Seconds to trace and lower, seconds to compile, and lines of the program before it is."""
+def lower(preset: str, times: int) -> Any:
+    """The step, traced and lowered for one device of this machine."""
     config = dataclasses.replace(train.PRESETS[preset], batch_size=8, dtype="float32")
     asr = deeper(cost.sizes_of(whisper.WhisperConfig, config.whisper), times)
     llm = deeper(cost.sizes_of(llama.LlamaConfig, config.llm), times)
@@ -43,10 +43,15 @@ def compiled(preset: str, times: int) -> dict[str, float]:
     state = train.abstract_state(config, asr, llm, mesh)
     length = min(cost.TEXT, config.queries or asr.max_target_positions)
     batch = train.abstract_batch(config, asr.window_samples, length, mesh)
+    recipe = train.recipe_of(config)
+    return train.train_step.lower(*state, batch, np.int32(0), recipe=recipe, mesh=mesh)
+
+
+def compiled(preset: str, times: int) -> dict[str, float]:
+    """Seconds to trace and lower, seconds to compile, and lines of the program before it is."""
     jax.clear_caches()
     began = time.perf_counter()
-    recipe = train.recipe_of(config)
-    lowered = train.train_step.lower(*state, batch, np.int32(0), recipe=recipe, mesh=mesh)
+    lowered = lower(preset, times)
     traced = time.perf_counter()
     lowered.compile()
     done = time.perf_counter()

@@ -181,7 +181,7 @@ def measure(models: str, folder: Path, size: int, turn: tuple[list[int], list[in
     config = dataclasses.replace(config, batch_size=size)
     batch = make_batch(folder, size, turn)
     row: dict[str, Any] = {"models": models, "batch": size, "queries": queries_of(folder)}
-    row |= {"agreement": agreement(folder, batch, recipe)}
+    row |= {"agreement": agreement(folder, batch, config)}
     makers = {
         "here": (training, folder, batch, config),
         "eager": (peer.training, folder, batch, config, False),
@@ -227,7 +227,7 @@ def table(measured: dict[str, Any]) -> str:
                 "" if ours else f"{side['memory_ratio']:.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", measured["machine"]])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -240,7 +240,7 @@ def main() -> None:
     machine = side_by_side.machine("jax", "torch", "transformers")
     measured = {"machine": machine, "rows": rows}
     FILE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured))
+    print(table(measured) + "\n\n" + machine)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import eval as evaluation
 import suites
 import systems
 import train
-from benchmarks import slices, toy
+from benchmarks import compiling, forward, gpu, loss, scaling, slices, step, toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,6 +74,47 @@ def test_the_tables_of_speed_are_what_was_measured():
     assert all(row["same"] == 1 for row in measured["generation"])
     for table in names["table"](measured).split("\n\n"):
         assert table in README
+
+
+def read(module) -> dict | list:
+    """What a benchmark has measured; nothing, where it has not been run."""
+    return json.loads(module.FILE.read_text()) if module.FILE.is_file() else {}
+
+
+@pytest.mark.parametrize("module", [step, forward, loss, compiling, scaling, gpu])
+def test_the_tables_side_by_side_are_what_was_measured(module):
+    """Each is what its benchmark prints from its JSON, on the machine that README names."""
+    measured = read(module)
+    for table in module.table(measured).split("\n\n"):
+        assert table in README
+    if "machine" in measured and module is not gpu:
+        assert measured["machine"].partition(";")[0] in " ".join(README.split())
+
+
+def test_what_was_compared_agrees():
+    """The losses and gradients of the step, the outcomes of the forward passes, and the two KLs."""
+    for row in read(step)["rows"]:
+        assert row["agreement"]["tensors"] == 102
+        assert max(row["agreement"]["losses"], row["agreement"]["gradients"]) <= 1e-5
+    assert all(row["apart"] <= 1e-4 for row in read(forward)["rows"])
+    assert read(loss)["agreement"] <= 1e-4
+
+
+def test_the_work_of_a_chip_falls_as_their_number_rises():
+    """Of 1, 8, 64 and 128 chips: what all of them compute is what one would, to 4 %."""
+    rows = read(scaling)
+    assert [row["chips"] for row in rows] == [1, 8, 64, 128]
+    for row in rows:
+        assert row["flops"] * row["chips"] == pytest.approx(rows[0]["flops"], rel=0.04)
+
+
+def test_the_program_does_not_grow_with_the_layers():
+    """The toy's step with twice the layers in every stack has the same lines of StableHLO."""
+    lines = {len(compiling.lower("toy", times).as_text().splitlines()) for times in (1, 2)}
+    assert len(lines) == 1
+    for preset in ("toy", "diva-8b"):
+        rows = [row for row in read(compiling)["rows"] if row["preset"] == preset]
+        assert len(rows) == len(compiling.DEPTHS) and len({row["lines"] for row in rows}) == 1
 
 
 def test_the_longer_run_is_the_shipped_student():
