@@ -93,7 +93,8 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
         "lengths": lengths.astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    text, last = train.text_turn(batch["ids"], batch["lengths"], prefix, suffix)
+    words = (batch["ids"], batch["lengths"], prefix, suffix)
+    text, last = train.text_turn(*map(jnp.asarray, words))
     teacher = {"text": np.asarray(text), "last": np.asarray(last)}
     return batch | teacher | {"prefix": prefix, "suffix": suffix}
 
@@ -103,7 +104,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
 
 def state(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> tuple:
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
-    mesh = sharding.make_mesh(len(batch["ids"]))
+    mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
     diva = sharding.place(connector.DiVA.load(folder), mesh)
     params, frozen = eqx.partition(diva, connector.trainable(diva))
     frozen = train.Frozen(frozen, jnp.asarray(batch["prefix"]), jnp.asarray(batch["suffix"]), None)

@@ -18,7 +18,9 @@ import make_fixtures
 
 import connector
 import llama
+import train
 import whisper
+from benchmarks import step
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +89,11 @@ def test_what_we_export_torch_reads_back(folder, tmp_path, name, queries):
     checks.close(ours, theirs, 1e-4, "virtual tokens")
     again = connector.DiVA.load(tmp_path).connector(jnp.asarray(states))
     np.testing.assert_array_equal(again, ours)
+
+
+def test_a_step_has_the_losses_and_the_gradient_of_pytorchs():
+    """The shipped student on four clips: what benchmarks/step.py times does the same work."""
+    folder, turn = step.ROOT / "toy" / "diva", llama.Chat.load(step.ROOT / "toy" / "llama").wrap()
+    batch = step.make_batch(folder, 4, turn)
+    found = step.agreement(folder, batch, train.PRESETS["toy"])  # raises if they do not agree
+    assert found["tensors"] == 102
