@@ -61,7 +61,7 @@ def _forward(causal, queries, keys, values):
     seen = _seen(causal, queries, keys)
 
     def head(arrays):
-        queries, keys, values = wide(arrays)
+        queries, keys, values = _wide(arrays)
         scores = _scores(queries, keys, seen)
         top = scores.max(-1, keepdims=True)
         shares = jnp.exp(scores - top)
@@ -78,7 +78,7 @@ def _backward(causal, saved, upstream):
     seen = _seen(causal, queries, keys)
 
     def head(arrays):
-        queries, keys, values, heard, log_total, upstream = wide(arrays)
+        queries, keys, values, heard, log_total, upstream = _wide(arrays)
         shares = jnp.exp(_scores(queries, keys, seen) - log_total)
         to_values = jnp.einsum("bts,btk->bsk", shares, upstream)
         to_shares = jnp.einsum("btk,bsk->bts", upstream, values)
@@ -96,7 +96,8 @@ def _backward(causal, saved, upstream):
 by_head.defvjp(_forward, _backward)
 
 
-def wide(arrays):
+def _wide(arrays):
+    """Products and softmax are in f32, whatever comes in."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
 
 

@@ -7,7 +7,6 @@ benchmarks/compiling.json keeps it.
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -87,9 +86,7 @@ def main() -> None:
         layers = f"{asr.encoder_layers}, {asr.decoder_layers}, {llm.num_hidden_layers}"
         figures = {name: median(run[name] for run in runs) for name in runs[0]}
         rows.append({"preset": preset, "times": times, "layers": layers, **figures})
-    measured = {"machine": side_by_side.machine("jax"), "rows": rows}
-    FILE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured) + "\n\n" + measured["machine"])
+    side_by_side.keep(FILE, {"machine": side_by_side.machine("jax"), "rows": rows}, table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ CPU. The results are compared before anything is timed. Prints README's table;
 benchmarks/forward.json keeps it.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +123,7 @@ def main() -> None:
         }
         rows = [measure(name, makers) for name, makers in sides.items()]
     machine = side_by_side.machine("jax", "torch", "transformers")
-    measured = {"machine": machine, "rows": rows}
-    FILE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured) + "\n\n" + machine)
+    side_by_side.keep(FILE, {"machine": machine, "rows": rows}, table)
 
 
 if __name__ == "__main__":

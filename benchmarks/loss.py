@@ -6,7 +6,6 @@ over all logits. Memory is what the compiled program needs beside its arguments.
 table; benchmarks/loss.json keeps it.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -102,8 +101,7 @@ def main() -> None:
             for name, side in made.items():
                 size = side.do(scratch, name, with_gradient)
                 rows[name][part] = {"seconds": median(seconds[name]), "bytes": size}
-    FILE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured) + "\n\n" + measured["machine"])
+    side_by_side.keep(FILE, measured, table)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,17 @@ class DiVA(torch.nn.Module):
         super().__init__()
         asr_path, llm_path = connector.references(folder)
         asr = transformers.WhisperModel.from_pretrained(asr_path, dtype=torch.float32)
-        llm = transformers.LlamaForCausalLM.from_pretrained(llm_path, dtype=torch.float32)
         tensors = {n: x.float() for n, x in load_file(folder / "model.safetensors").items()}
         start = "connector."
         own = {name[len(start) :]: x for name, x in tensors.items() if name.startswith(start)}
         asr.decoder.load_state_dict(own, strict=True)
-        self.encoder, self.decoder, self.llm = asr.encoder, asr.decoder, llm.model
-        self.head = llm.lm_head
+        self.encoder, self.decoder = asr.encoder, asr.decoder
+        self.llm = transformers.LlamaModel.from_pretrained(llm_path, dtype=torch.float32)
         self.query_tokens = torch.nn.Parameter(tensors["query_tokens"])
         self.projection = torch.nn.Linear(*tensors["projection.weight"].shape)
         self.projection.weight.data = tensors["projection.weight"].T.contiguous()
         self.projection.bias.data = tensors["projection.bias"]
-        for frozen in (self.encoder, self.decoder.embed_tokens, self.llm, self.head):
+        for frozen in (self.encoder, self.decoder.embed_tokens, self.llm):
             frozen.requires_grad_(False)
         self.eval()  # no dropout
 

@@ -7,6 +7,7 @@ median of the runs, a ratio the median of the ratios of neighbouring runs.
 
 import ctypes
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
@@ -110,3 +111,9 @@ def machine(*packages: str) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}; {versions}"
+
+
+def keep(file: Path, measured: dict[str, Any], table: Callable[[dict], str]) -> None:
+    """Write what was measured to its JSON, and print README's table of it and the machine."""
+    file.write_text(json.dumps(measured, indent=1) + "\n")
+    print(table(measured) + "\n\n" + measured["machine"])

@@ -174,15 +174,17 @@ def agreement(folder: Path, batch: dict[str, np.ndarray], config: train.Config) 
     return found
 
 
-def measure(models: str, folder: Path, size: int, turn: tuple[list[int], list[int]]) -> dict:
+def measure(
+    models: str, preset: str, folder: Path, size: int, turn: tuple[list[int], list[int]]
+) -> dict:
     """Agreement, seconds and memory of all sides."""
     from benchmarks import peer
 
-    config = train.PRESETS["toy" if "toy" in models else "diva-1b"]
-    config = dataclasses.replace(config, batch_size=size)
+    config = dataclasses.replace(train.PRESETS[preset], batch_size=size)
     batch = make_batch(folder, size, turn)
-    row: dict[str, Any] = {"models": models, "batch": size, "queries": queries_of(folder)}
-    row |= {"agreement": agreement(folder, batch, config)}
+    queries = weights.read_json(folder / "config.json")["queries"]
+    row: dict[str, Any] = {"models": models, "batch": size, "queries": queries}
+    row["agreement"] = agreement(folder, batch, config)
     makers = {
         "here": (training, folder, batch, config),
         "eager": (peer.training, folder, batch, config, False),
@@ -201,10 +203,6 @@ def measure(models: str, folder: Path, size: int, turn: tuple[list[int], list[in
             "losses": losses[name],  # after as many steps on the same batch
         }
     return row
-
-
-def queries_of(folder: Path) -> int:
-    return weights.read_json(folder / "config.json")["queries"]
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -234,14 +232,12 @@ def table(measured: dict[str, Any]) -> str:
 def main() -> None:
     rows = []
     toy = tuple(map(tuple, llama.Chat.load(ROOT / "toy" / "llama").wrap()))
-    rows.append(measure("the toy's", ROOT / "toy" / "diva", 16, toy))
+    rows.append(measure("the toy's", "toy", ROOT / "toy" / "diva", 16, toy))
     with tempfile.TemporaryDirectory() as name:
         turn = [5] * cost.PREFIX, [6] * cost.SUFFIX
-        rows.append(measure("Whisper-tiny, 60 M LLM", write(Path(name)), 4, turn))
+        rows.append(measure("Whisper-tiny, 60 M LLM", "diva-1b", write(Path(name)), 4, turn))
     machine = side_by_side.machine("jax", "torch", "transformers")
-    measured = {"machine": machine, "rows": rows}
-    FILE.write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured) + "\n\n" + machine)
+    side_by_side.keep(FILE, {"machine": machine, "rows": rows}, table)
 
 
 if __name__ == "__main__":
