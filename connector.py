@@ -9,10 +9,13 @@ A Whisper decoder writes words while it listens. Fed with learned queries instea
 far, it writes all of them at once, into vectors: one pass, no sampling, differentiable end to end.
 
 Axes: B batch, S audio samples, T encoder positions, Q query tokens, D width of Whisper, E width of
-the LLM, P and R length of the chat template before and after the user's words, V vocabulary.
+the LLM, P and R length of the chat template before and after the user's words, L text tokens,
+V vocabulary.
 
-Source: Held et al. 2024, section 3.   Reads: whisper.py, llama.py, sharding.py, weights.py.
-Read next: distill_loss.py.
+Annex: `sharding.gather` brings split arrays to the device that computes with them.
+
+Source: Held et al. 2024, section 3.
+Reads: weights.py, whisper.py, llama.py.   Read next: distill_loss.py.
 """
 
 import functools
@@ -20,7 +23,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,9 +32,9 @@ import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import llama
-import sharding
 import weights
 import whisper
+from runtime import command, files, sharding
 
 
 class Projection(eqx.Module):
@@ -89,6 +92,14 @@ class Connector(eqx.Module):
             projection=Projection(weight * volume / inner**0.5, jnp.zeros(width)),
         )
 
+    @staticmethod
+    def random(
+        config: whisper.WhisperConfig, width: int, queries: int | None, key: PRNGKeyArray
+    ) -> "Connector":
+        """A connector in these sizes, none of it learnt: for `weights.abstract`."""
+        decoder = whisper.Whisper.init(config, key).decoder
+        return Connector.init(decoder, width, 1.0, queries, key)
+
     def published(self) -> dict[str, Any]:
         """The same arrays under the names of the published DiVA checkpoints."""
         return {
@@ -100,6 +111,16 @@ class Connector(eqx.Module):
     @staticmethod
     def from_published(tree: dict[str, Any]) -> "Connector":
         return Connector(tree["query_tokens"], tree["connector"], tree["projection"])
+
+
+class Pass(NamedTuple):
+    """What one pass makes of some clips: speech beside transcript, student beside teacher."""
+
+    states: Float[Array, "B T D"]  # of the encoder
+    virtual: Float[Array, "B Q E"]  # virtual tokens, and what the last of them are aligned with:
+    targets: Float[Array, "B L E"]  # the LLM's embeddings of the transcript
+    student: Float[Array, "B E"]  # the state that starts the LLM's response to the speech
+    teacher: Float[Array, "B E"]  # and to the transcript; no gradient passes
 
 
 class DiVA(eqx.Module):
@@ -115,6 +136,27 @@ class DiVA(eqx.Module):
         positions = self.encoder.embed_positions.weight.shape[0]
         return positions * whisper.FRAMES_PER_POSITION * whisper.HOP
 
+    def __call__(
+        self,
+        audio: Float[Array, "B S"],
+        ids: Int[Array, "B L"],
+        lengths: Int[Array, "B"],
+        prefix: Int[Array, "P"],
+        suffix: Int[Array, "R"],
+        recompute: sharding.Recompute = "layers",
+    ) -> Pass:
+        """The whole method: the LLM once as student, on speech, and once as teacher, on its
+        transcript `ids`, both between the same `prefix` and `suffix` of the chat template."""
+        states = self.listen(audio)
+        virtual = self.connector(states, recompute)
+        targets = self.llm.embed(ids)
+        speech = self.embed_turn(virtual, prefix, suffix)
+        text, last = text_turn(ids, lengths, prefix, suffix)
+        # Side by side, so that each layer is gathered once for both.
+        student, teacher = self.llm((speech, self.llm.embed(text)), recompute)
+        teacher = jnp.take_along_axis(teacher, last[:, None, None], axis=1)[:, 0]
+        return Pass(states, virtual, targets, student[:, -1], jax.lax.stop_gradient(teacher))
+
     @staticmethod
     def create(
         asr: whisper.Whisper, llm: llama.Llama, queries: int | None, key: PRNGKeyArray
@@ -127,29 +169,63 @@ class DiVA(eqx.Module):
         return DiVA(asr.encoder, connector, llm, asr.config.num_mel_bins)
 
     @staticmethod
+    def untrained(
+        asr_path: str,
+        llm_path: str,
+        queries: int | None,
+        key: PRNGKeyArray,
+        dtype=jnp.float32,
+        place: Callable = lambda template: template,
+    ) -> "DiVA":
+        """A new connector between two published models; these, being frozen, in `dtype`."""
+        asr = whisper.Whisper.load(asr_path, jnp.float32, place)
+        encoder = jax.tree.map(lambda x: x.astype(dtype), asr.encoder)
+        asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
+        return DiVA.create(asr, llama.Llama.load(llm_path, dtype, place), queries, key)
+
+    @staticmethod
+    def abstract(
+        asr: whisper.WhisperConfig, llm: llama.LlamaConfig, queries: int | None, dtype
+    ) -> "DiVA":
+        """The shapes of `untrained`, from the sizes of the two models alone."""
+        key = jax.random.key(0)
+        return DiVA(
+            weights.abstract(lambda: whisper.Whisper.init(asr, key).encoder, dtype=dtype),
+            weights.abstract(Connector.random, asr, llm.hidden_size, queries, key),
+            weights.abstract(llama.Llama.init, llm, key, dtype=dtype),
+            asr.num_mel_bins,
+        )
+
+    @staticmethod
     def load(
         path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
     ) -> "DiVA":
         """A trained DiVA: its connector, and the Whisper and the Llama that config.json names."""
         folder = weights.resolve(path)
         asr_path, llm_path = references(folder)
-        config = weights.read_json(folder / "config.json")
         asr_config = weights.read_config(whisper.WhisperConfig, weights.resolve(asr_path))
         encoder = whisper.Whisper.load(asr_path, dtype, place).encoder
         llm = llama.Llama.load(llm_path, dtype, place)
-        queries = config.get("queries", asr_config.max_target_positions)
+        template, prefix, unused = DiVA.published(folder, dtype)
+        tree = weights.load(place(template), folder, prefix, unused)
+        return DiVA(encoder, Connector.from_published(tree), llm, asr_config.num_mel_bins)
 
-        def template() -> dict[str, Any]:
-            key, width = jax.random.key(0), llm.config.hidden_size
-            decoder = whisper.Whisper.init(asr_config, key).decoder
-            return Connector.init(decoder, width, 1.0, queries, key).published()
-
+    @staticmethod
+    def published(folder: Path, dtype=None) -> weights.Published:
+        """What a DiVA's own folder holds: the connector; floats in `dtype`."""
+        asr_path, llm_path = map(weights.resolve, references(folder))
+        asr_config = weights.read_config(whisper.WhisperConfig, asr_path)
+        width = weights.read_config(llama.LlamaConfig, llm_path).hidden_size
+        positions = asr_config.max_target_positions
+        queries = files.read_json(folder / "config.json").get("queries", positions)
+        shapes = weights.abstract(
+            Connector.random, asr_config, width, queries, jax.random.key(0), dtype=dtype
+        )
         unused = {
             "encoder.": "frozen: read from reference_encoder",
             "decoder.": "frozen: read from reference_decoder",
         }
-        tree = weights.load(place(weights.abstract(template, dtype=dtype)), folder, unused=unused)
-        return DiVA(encoder, Connector.from_published(tree), llm, asr_config.num_mel_bins)
+        return weights.Published(shapes.published(), unused=unused)
 
     def save(self, path: str | Path, asr_path: str, llm_path: str) -> None:
         """Write the connector as a published-layout checkpoint that refers to its two models."""
@@ -185,6 +261,27 @@ class DiVA(eqx.Module):
             for ids in (prefix, suffix)
         )
         return jnp.concatenate([before, virtual.astype(before.dtype), after], axis=1)
+
+
+def text_turn(
+    ids: Int[Array, "B L"],
+    lengths: Int[Array, "B"],
+    prefix: Int[Array, "P"],
+    suffix: Int[Array, "R"],
+) -> tuple[Int[Array, "B positions"], Int[Array, "B"]]:
+    """The transcript as the user's turn, for the teacher; and where its response begins.
+
+    Each row is [prefix; transcript; suffix; padding]; the state that predicts the response stands
+    at the end of the suffix, and the causal mask keeps the padding behind it out of sight.
+    """
+    before, after = prefix.shape[0], suffix.shape[0]
+    position = jnp.arange(before + ids.shape[1] + after)
+    start = before + lengths[:, None]  # [B, 1] where the suffix begins
+    text = ids[:, jnp.clip(position - before, 0, ids.shape[1] - 1)]
+    tail = suffix[jnp.clip(position - start, 0, after - 1)]
+    head = prefix[jnp.clip(position, 0, before - 1)]
+    row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
+    return row, lengths + before + after - 1
 
 
 def trainable(diva: DiVA) -> DiVA:
@@ -243,7 +340,7 @@ def references(path: str | Path) -> tuple[str, str]:
     A path in config.json may be relative to the checkpoint's folder. Raises ValueError if absent.
     """
     folder = weights.resolve(path)
-    config = weights.read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json")
     keys = ("reference_encoder", "reference_decoder")
     if absent := [key for key in keys if key not in config]:
         raise ValueError(
@@ -263,7 +360,4 @@ def _refer(folder: Path, path: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(lambda: tyro.cli(main))

@@ -7,37 +7,40 @@
 The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run
 which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in
 threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
-and reported.
+and reported. Run it to see what a corpus holds:  python data.py cv/en
+
+Annex: runtime/files.py reads lines of JSON, and keeps what a clip's header said for the next start.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
-Reads: nothing of ours.   Read next: cost.py.
+Reads: nothing of ours.   Read next: train.py.
 """
 
+import collections
 import csv
 import dataclasses
 import functools
-import gzip
-import json
 import logging
 import math
 import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Annotated
 
 import grain
 import numpy as np
 import soundfile as sf
+import tyro
 from jaxtyping import Float, Float32, Int32
 from scipy.signal import resample_poly
+
+from runtime import command, files
 
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed
 BLOCK = 1 << 22  # samples that are decoded at a time, all channels together
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
-HEADERS_AT_ONCE = 32  # files whose lengths are asked for at a time: a bucket answers each slowly
 AHEAD = 4  # batches that are prepared before they are asked for
 TOKEN_MULTIPLE = 8  # the transcripts' padded length is rounded up to it
 
@@ -141,22 +144,10 @@ def _read_librispeech(folder: Path, split: str) -> list[Clip]:
 def _read_manifest(file: Path) -> list[Clip]:
     """One JSON object a line: audio (relative to the manifest), text, and anything else."""
     clips = []
-    # Not splitlines: it also splits at U+2028, which a JSON string may hold.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+    for where, row in files.json_lines(file):
+        if not all(isinstance(row.get(k), str) for k in ("audio", "text")):
             raise ValueError(
-                f"{file}:{number}: not JSON ({error}); expected one object a line such as "
-                '{"audio": "a.mp3", "text": "hello"}.'
-            ) from error
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(k), str) for k in ("audio", "text")
-        ):
-            raise ValueError(
-                f"{file}:{number}: no audio or no text; expected an object with both as strings, "
+                f"{where}: no audio or no text; expected an object with both as strings, "
                 'such as {"audio": "a.mp3", "text": "hello"}.'
             )
         meta = {k: str(v) for k, v in row.items() if k not in ("audio", "text")}
@@ -241,7 +232,8 @@ def seconds_of(clips: list[Clip]) -> list[float]:
     """
     known = _seconds_by_table(clips)
     rest = dict.fromkeys(clip.audio for clip in clips if clip.audio not in known)
-    known |= _seconds_by_header([*rest])
+    failures = (sf.SoundFileError, RuntimeError)
+    known |= files.remembered("seconds", [*rest], lambda file: sf.info(file).duration, failures)
     return [known[clip.audio] for clip in clips]
 
 
@@ -264,52 +256,6 @@ def _seconds_by_table(clips: list[Clip]) -> dict[str, float]:
     return known
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/diva (~/.cache/diva): what is kept for the next start, and may be deleted."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diva")
-
-
-def _seconds_by_header(files: list[str]) -> dict[str, float]:
-    """Opens each file once in its life: what its header said is kept for the next start.
-
-    It is kept under $XDG_CACHE_HOME/diva (~/.cache/diva), in one small file for each folder of
-    clips, which may be deleted at any time: {"BYTES NANOSECONDS FILE": seconds}, so that a file of
-    another size or time of change is measured again.
-    """
-    if not files:
-        return {}
-    folder = os.path.commonpath([os.path.abspath(min(files)), os.path.abspath(max(files))])
-    index = cache_folder() / f"seconds-{zlib.crc32(os.fsencode(folder)):08x}.json.gz"
-    try:
-        kept = json.loads(gzip.decompress(index.read_bytes()))  # gzip has a checksum
-    except (OSError, EOFError, ValueError, zlib.error):  # not there yet, or damaged
-        kept = {}
-
-    def measure(file: str) -> tuple[str, float]:
-        try:
-            stat = os.stat(file)
-            key = f"{stat.st_size} {stat.st_mtime_ns} {file}"
-            return key, kept[key] if key in kept else sf.info(file).duration
-        except (OSError, ValueError, sf.SoundFileError, RuntimeError):  # no file, name or audio
-            return "", 0.0
-
-    with ThreadPool(HEADERS_AT_ONCE) as pool:
-        found = pool.map(measure, files)
-    if new := {key: seconds for key, seconds in found if key and key not in kept}:
-        try:
-            index.parent.mkdir(parents=True, exist_ok=True)
-            partial = index.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(gzip.compress(json.dumps(kept | new).encode(), 1))
-            partial.replace(index)  # whole or not at all, also where several processes write
-        except OSError as error:
-            log.warning(
-                "%s cannot be written (%s): the next start will open %d clips again. "
-                "Set XDG_CACHE_HOME to a folder that can be written.",
-                *(index, error, len(new)),
-            )
-    return {file: seconds for file, (_, seconds) in zip(files, found, strict=True)}
-
-
 # ---------------------------------------------------------------------------------------------
 # What can be used
 
@@ -326,7 +272,21 @@ class Corpus:
     too_long: int = 0  # left out: audio longer than the window
     too_wordy: int = 0  # left out: more tokens than queries
     wordless: int = 0  # left out: no token at all
+    max_tokens: int = 0
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
+
+    def digest(self) -> dict[str, int]:
+        """What tells this corpus from others: its size, and a checksum of names and transcripts."""
+        text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in self.clips)
+        return {"clips": len(self.clips), "crc32": zlib.crc32(text.encode())}
+
+    def left_out(self) -> str:
+        """How many, and why."""
+        return (
+            f"{self.too_long} longer than {self.window_samples / SAMPLE_RATE:g} s, "
+            f"{self.too_wordy} of more than {self.max_tokens} tokens, "
+            f"{self.wordless} without a token"
+        )
 
 
 def prepare(
@@ -339,32 +299,31 @@ def prepare(
 
     Raises ValueError if nothing is left.
     """
-    kept, ids, window = [], [], window_samples / SAMPLE_RATE
-    too_long = too_wordy = wordless = 0
+    corpus, window = (
+        Corpus([], [], window_samples, 0, max_tokens=max_tokens),
+        window_samples / SAMPLE_RATE,
+    )
     for clip, row, seconds in zip(clips, _tokens(clips, encode), seconds_of(clips), strict=True):
         if seconds > window:
-            too_long += 1
+            corpus.too_long += 1
         elif len(row) > max_tokens:
-            too_wordy += 1
+            corpus.too_wordy += 1
         elif not len(row):
-            wordless += 1
+            corpus.wordless += 1
         else:
-            kept.append(clip)
-            ids.append(row)
-    counts = (
-        f"{too_long} longer than {window:g} s, {too_wordy} of more than {max_tokens} tokens, "
-        f"{wordless} without a token"
-    )
-    if not kept:
+            corpus.clips.append(clip)
+            corpus.ids.append(row)
+    if not corpus.clips:
         raise ValueError(
             f"{clips[0].audio if clips else 'the corpus'}: none of {len(clips)} clips can be used "
-            f"({counts}); expected speech of at most {window:g} s. Check --data and --split."
+            f"({corpus.left_out()}); expected speech of at most {window:g} s. "
+            "Check --data and --split."
         )
-    if too_long or too_wordy or wordless:
-        log.warning("left out %d of %d clips: %s", len(clips) - len(kept), len(clips), counts)
-    longest = max(map(len, ids))
-    padded = -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    return Corpus(kept, ids, window_samples, padded, too_long, too_wordy, wordless)
+    if absent := len(clips) - len(corpus.clips):
+        log.warning("left out %d of %d clips: %s", absent, len(clips), corpus.left_out())
+    longest = max(map(len, corpus.ids))
+    corpus.max_length = -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    return corpus
 
 
 def _tokens(
@@ -471,3 +430,63 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
         return samples.astype(np.float32) / 32767, heard
 
     return as_float
+
+
+# ---------------------------------------------------------------------------------------------
+# What a trainer must know before it starts
+
+
+def describe(clips: list[Clip], lengths: list[int], corpus: Corpus, batch_size: int) -> list[str]:
+    """Lines about `clips`, whose transcripts have `lengths` tokens, and what is left of them."""
+    seconds = seconds_of(clips)
+    lines = [
+        f"{len(clips):,} clips, {sum(seconds) / 3600:.2f} hours; "
+        f"{len(corpus.clips):,} can be used: left out {corpus.left_out()}",
+        f"clip        longest {max(seconds):.2f} s, median {np.median(seconds):.2f} s",
+        f"transcript  longest {max(lengths)} tokens, median {np.median(lengths):g}",
+    ]
+    if silent := [clip.audio for clip, s in zip(clips, seconds, strict=True) if not s]:
+        lines.append(f"no header   {len(silent)}, first {silent[0]}: they will count for nothing")
+    for name in ("accents", "speaker", "client_id"):
+        counts = collections.Counter(clip.meta[name] for clip in clips if name in clip.meta)
+        if counts:
+            most = ", ".join(f"{key} {n}" for key, n in counts.most_common(8))
+            lines.append(f"{name:11} {len(counts)}: {most}{', ...' if len(counts) > 8 else ''}")
+    batch = next(batches(corpus, batch_size=batch_size, seed=0))
+    shapes = (f"{name} {x.dtype} {list(x.shape)}" for name, x in batch.items())
+    return [*lines, f"a batch     {', '.join(shapes)}"]
+
+
+def main(
+    path: Annotated[Path, tyro.conf.Positional] = Path("toy/common_voice/en"),
+    split: str = "train",
+    whisper: str = "toy/whisper",
+    llm: str = "toy/llama",
+    queries: int | None = None,
+    batch_size: int = 16,
+) -> None:
+    """Print what a corpus holds, and what of it a training run would leave out.
+
+    Args:
+        path: a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+        split: which split of it.
+        whisper: folder or repo id of the speech model, whose window clips must fit.
+        llm: folder or repo id of the text model, whose tokens are counted.
+        queries: the most tokens a transcript may have; None: the positions of Whisper's decoder.
+        batch_size: clips in the batch that is shown.
+    """
+    import weights  # the models' sizes and tokens are told in the chapters before
+    from llama import Chat
+    from whisper import WhisperConfig
+
+    sizes, chat = weights.read_config(WhisperConfig, weights.resolve(whisper)), Chat.load(llm)
+    clips = read_clips(path, split)
+    lengths = [len(row) for row in _tokens(clips, chat.encode_batch)]
+    most = queries or sizes.max_target_positions
+    corpus = prepare(clips, chat.encode_batch, sizes.window_samples, most)
+    print(f"{path}, split {split}, window {sizes.window_samples / SAMPLE_RATE:g} s")
+    print("\n".join(describe(clips, lengths, corpus, batch_size)))
+
+
+if __name__ == "__main__":
+    command.run(lambda: tyro.cli(main))

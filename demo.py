@@ -33,8 +33,10 @@ from jaxtyping import Array, Float, Int
 
 import connector
 import data
+import generate
 import llama
 import weights
+from runtime import command, files
 
 TOY = Path(__file__).parent / "toy"
 PIECES = 10  # a long recording may be so many windows
@@ -151,7 +153,7 @@ class Assistant:
         for tokens, after in zip(said, around[1:], strict=True):
             starts.append(len(ids))
             ids += [0] * len(tokens) + after
-        embeds = _embed(self.diva.llm, jnp.asarray(llama.padded_row(ids)))
+        embeds = _embed(self.diva.llm, jnp.asarray(generate.padded_row(ids)))
         for tokens, start in zip(said, starts, strict=True):
             embeds = _put(embeds, jnp.asarray(tokens), start)
         return embeds, len(ids)
@@ -180,7 +182,7 @@ class Assistant:
                 f"{most - sampling.max_new_tokens} ({most} less {sampling.max_new_tokens} for the "
                 "answer). Start a new one."
             )
-        tokens = llama.stream(
+        tokens = generate.stream(
             self.diva.llm,
             embeds,
             jnp.asarray([length]),
@@ -198,7 +200,7 @@ class Assistant:
                 count += 1
                 yield token
 
-        for piece in llama.text_pieces(self.chat, counted()):
+        for piece in generate.text_pieces(self.chat, counted()):
             now = time.perf_counter()
             if not reply.first:
                 reply.first = now - began
@@ -350,7 +352,7 @@ def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
 def keep_compiled() -> None:
     """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(data.cache_folder() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -419,7 +421,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(lambda: tyro.cli(main))

@@ -37,21 +37,22 @@ smaller |d| always means a smaller KL; 4 bounds it, 3 orders it along one line o
 Axes: B batch, Q query tokens, L padded transcript length, E width of the LLM, V vocabulary,
 C rows of one chunk of the vocabulary.
 Source: Held et al. 2024, section 3.2 (points 1, 2); the rest is proved here.
-Reads: nothing of ours.   Read next: data.py.
+Reads: weights.py, to show the lemma on a model's own output matrix.   Read next: data.py.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int, PyTree
-from safetensors import SafetensorError, safe_open
+
+from runtime import command
+from weights import read_tensor, resolve
 
 CHUNK = 2048  # rows of the output matrix that the exact KL holds at a time
 # bf16 rows times f32 states: full f32 products also where the hardware's default is bf16.
@@ -138,6 +139,22 @@ def response_kl(
 ) -> Float[Array, ""]:
     """Mean of the exact KL(p_t || p_s) in nats, with no [B, V] array alive."""
     return weighted_mean(kl_divergence(student, teacher, output_matrix), weights)
+
+
+def response(
+    kind: Literal["l2", "gram", "kl"],
+    student: Float[Array, "B E"],
+    teacher: Float[Array, "B E"],
+    weights: Float[Array, "B"],
+    output_matrix: Float[Array, "V E"],
+    gram: Float[Array, "E E"] | None,
+) -> Float[Array, ""]:
+    """How far the two response states are apart, by one of the three; `gram` needs its matrix."""
+    if kind == "l2":
+        return response_l2(student, teacher, weights)
+    if kind == "gram":
+        return response_gram(student, teacher, gram, weights)
+    return response_kl(student, teacher, output_matrix, weights)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,30 +271,6 @@ kl_divergence.defvjp(_kl_forward, _kl_backward)
 # The lemma as numbers
 
 
-def read_tensor(folder: Path, names: tuple[str, ...]) -> tuple[str, np.ndarray]:
-    """The first of `names` that a Llama folder holds, and its array in f32.
-
-    Raises FileNotFoundError or ValueError.
-    """
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    try:
-        shards = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        here = shards or dict.fromkeys(safe_open(file, "numpy").keys(), file.name)
-        found = next((name for name in names if name in here), None)
-        if found is None:
-            raise ValueError(
-                f"{file}: holds none of {', '.join(names)}; expected the tensors of a Llama. "
-                "Give --model a text model's folder."
-            )
-        file = folder / here[found]
-        return found, np.asarray(safe_open(file, "numpy").get_tensor(found)).astype(np.float32)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise FileNotFoundError(
-            f"{file}: missing or not a whole safetensors file ({error}). Expected the weights of a "
-            "Llama there: give its local folder as --model, or download the file again."
-        ) from error
-
-
 def random_states(
     scale: Float[np.ndarray, "E"], pairs: int, apart: float, seed: int = 0
 ) -> Float[np.ndarray, "2 pairs E"]:
@@ -371,7 +364,7 @@ def main(model: str = "toy/llama", pairs: int = 64) -> None:
         model: folder of a Llama with its safetensors.
         pairs: how many random pairs of student and teacher states.
     """
-    folder = Path(model)
+    folder = resolve(model)
     name, matrix = read_tensor(folder, ("lm_head.weight", "model.embed_tokens.weight"))
     scale = read_tensor(folder, ("model.norm.weight",))[1]
     gram = jax.jit(gram_matrix)(matrix)
@@ -385,7 +378,4 @@ def main(model: str = "toy/llama", pairs: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(lambda: tyro.cli(main))

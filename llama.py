@@ -1,4 +1,4 @@
-"""Llama: text to text. Llama 3, 3.1 and 3.2, chat template, generation with a cache.
+"""Llama: text to text. Llama 3, 3.1 and 3.2, and the chat template of their turns.
 
     ids [B, L] -> embed [B, L, E] -> layers -> norm: hidden [B, L, E] -> logits [B, L, V]
 
@@ -8,8 +8,11 @@ V vocabulary, N layers, C positions that the cache has room for.
 DiVA keeps all of it frozen. The forward pass starts from embeddings, not from tokens, because the
 virtual tokens that stand for speech have no number. Attribute names are the published tensor names.
 
+Annex: `attention.attend` is softmax attention, `sharding.run_layers` scans over the stack and
+brings each layer to the device that runs it, `sharding.lookup` reads rows of a split table.
+
 Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models".
-Reads: attention.py, sharding.py, weights.py.   Read next: connector.py.
+Reads: weights.py.   Read next: generate.py.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import datetime
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +34,9 @@ import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tokenizers import Tokenizer
 
-import attention
-import sharding
 import weights
+from runtime import attention, command, files, sharding
+from weights import Embedding, Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +93,6 @@ class LlamaConfig:
 # Modules
 
 
-class Linear(eqx.Module):
-    """y = x W^T. The weight keeps its own dtype; the product runs in the dtype of x."""
-
-    weight: Float[Array, "*N out in"]
-
-    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
-        return x @ self.weight.astype(x.dtype).T
-
-
 class RMSNorm(eqx.Module):
     """Divide by the root mean square over the last axis, in f32, then scale."""
 
@@ -109,12 +103,6 @@ class RMSNorm(eqx.Module):
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         return (normal * self.weight).astype(x.dtype)
-
-
-class Embedding(eqx.Module):
-    """One row for each token of the vocabulary."""
-
-    weight: Float[Array, "V E"]
 
 
 def rotate(
@@ -294,16 +282,22 @@ class Llama(eqx.Module):
         return Llama(LlamaModel(embed, layers, norm()), head, config)
 
     @staticmethod
+    def published(folder: Path, dtype=None) -> weights.Published:
+        """What a published folder holds; floats in `dtype`."""
+        config = weights.read_config(LlamaConfig, folder)
+        config.frequencies()  # an unknown rope type is refused before anything is read
+        template = weights.abstract(Llama.init, config, jax.random.key(0), dtype=dtype)
+        tied = {"lm_head.weight": "tied to model.embed_tokens"}
+        return weights.Published(template, unused=tied if config.tie_word_embeddings else {})
+
+    @staticmethod
     def load(
         path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
     ) -> "Llama":
         """Load a published checkpoint; `place` gives the template's arrays their shardings."""
         folder = weights.resolve(path)
-        config = weights.read_config(LlamaConfig, folder)
-        config.frequencies()  # an unknown rope type is refused before anything is read
-        template = weights.abstract(Llama.init, config, jax.random.key(0), dtype=dtype)
-        unused = {"lm_head.weight": "tied"} if config.tie_word_embeddings else {}
-        return weights.load(place(template), folder, unused=unused)
+        template, prefix, unused = Llama.published(folder, dtype)
+        return weights.load(place(template), folder, prefix, unused)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,7 +323,7 @@ class Chat:
         """Raises FileNotFoundError without tokenizer.json, ValueError without a chat template."""
         folder = weights.resolve(path)
         tokenizer = weights.read_tokenizer(folder)
-        settings = weights.read_json(folder / "tokenizer_config.json")
+        settings = files.read_json(folder / "tokenizer_config.json")
         specials = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in settings.items()
@@ -337,9 +331,9 @@ class Chat:
         }
         template = _environment().from_string(_template_source(folder, settings))
         render = functools.partial(template.render, add_generation_prompt=True, **specials)
-        stops = weights.read_json(folder / "config.json").get("eos_token_id")
+        stops = files.read_json(folder / "config.json").get("eos_token_id")
         if (folder / "generation_config.json").is_file():
-            generation = weights.read_json(folder / "generation_config.json")
+            generation = files.read_json(folder / "generation_config.json")
             stops = generation.get("eos_token_id", stops)
         if stops is None:
             raise ValueError(
@@ -351,6 +345,10 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """On all cores."""
+        return [row.ids for row in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Any) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -413,147 +411,6 @@ def _template_source(folder: Path, settings: dict) -> str:
     return source
 
 
-# ---------------------------------------------------------------------------------------------
-# Generation
-
-
-def choose(
-    logits: Float[Array, "B V"], temperature: float, top_p: float, key: PRNGKeyArray
-) -> Int[Array, "B"]:
-    """The next token: the likeliest at temperature 0, else drawn from the nucleus.
-
-    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`.
-    """
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, -1)
-    before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
-    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
-    rank = jax.random.categorical(key, ranked)
-    return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p"))
-def generate(
-    llm: Llama,
-    embeds: Float[Array, "B L E"],
-    lengths: Int[Array, "B"],
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: PRNGKeyArray | None = None,
-) -> Int[Array, "B new"]:
-    """Answer each right-padded row: prefill, then one compiled loop until all rows have stopped.
-
-    The first stop token of a row and all that would follow it are `stop_ids[0]`. A row's tokens do
-    not depend on the other rows or on its padding. Sampling (temperature > 0) needs a `key`.
-    """
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature {temperature} without a key; expected a jax.random.key.")
-    key = jax.random.key(0) if key is None else key
-    stops = jnp.asarray(stop_ids)
-
-    def pick(hidden, step):
-        return choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
-
-    def body(state):
-        step, tokens, ids, stopped, cache = state
-        stopped |= (ids[:, None] == stops).any(-1)
-        tokens = tokens.at[:, step].set(jnp.where(stopped, stops[0], ids))
-        hidden, cache = llm.step(ids, lengths + step, cache)
-        return step + 1, tokens, pick(hidden, step + 1), stopped, cache
-
-    def going(state):
-        return (state[0] < max_new_tokens) & ~state[3].all()
-
-    hidden, cache = llm.prefill(embeds, lengths, room=max_new_tokens)
-    tokens = jnp.full((len(embeds), max_new_tokens), stops[0])
-    start = (0, tokens, pick(hidden, 0), jnp.zeros(len(embeds), bool), cache)
-    return jax.lax.while_loop(going, body, start)[1]
-
-
-def stream(
-    llm: Llama,
-    embeds: Float[Array, "1 L E"],
-    lengths: Int[Array, "1"],
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: PRNGKeyArray | None = None,
-) -> Iterator[int]:
-    """The tokens of `generate` for one row, each as soon as it is known, up to a stop token."""
-    key = jax.random.key(0) if key is None else key
-    hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
-    for step in range(max_new_tokens):
-        ids, hidden, cache = _next(llm, hidden, cache, lengths, step, key, temperature, top_p)
-        token = int(ids[0])
-        if token in stop_ids:
-            return
-        yield token
-
-
-_prefill = jax.jit(Llama.prefill, static_argnames="room")
-
-
-@functools.partial(
-    jax.jit, static_argnames=("temperature", "top_p"), donate_argnames=("hidden", "cache")
-)
-def _next(llm, hidden, cache, lengths, step, key, temperature, top_p):
-    """Choose a token and go one step on: a single call, so that the device need not wait."""
-    ids = choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
-    return ids, *llm.step(ids, lengths + step, cache)
-
-
-def padded(length: int) -> int:
-    """How many positions a prompt is given: a power of two, so that few lengths are compiled."""
-    return max(64, 1 << (length - 1).bit_length())
-
-
-def padded_row(ids: Sequence[int]) -> Int[np.ndarray, "1 L"]:
-    """The ids of a prompt with its padding behind."""
-    return np.pad(np.array([ids], np.int32), ((0, 0), (0, padded(len(ids)) - len(ids))))
-
-
-def text_pieces(chat: "Chat", tokens: Iterator[int]) -> Iterator[str]:
-    """Decode a stream of tokens into pieces of text, never a broken character.
-
-    A token can end inside a character of several bytes, which decodes to U+FFFD until the rest has
-    come: such an ending is held back.
-    """
-    ids, shown = [], ""
-    for token in tokens:
-        ids.append(token)
-        text = chat.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield chat.decode(ids)[len(shown) :]
-
-
-def answer(
-    llm: Llama, chat: "Chat", question: str, system: str | None = None, max_new_tokens: int = 256
-) -> Iterator[str]:
-    """Stream the greedy answer to a question. Raises ValueError if the context is too short."""
-    prefix, suffix = chat.wrap(system)
-    ids = [*prefix, *chat.encode(question), *suffix]
-    most = llm.config.max_position_embeddings
-    if len(ids) + max_new_tokens > most:
-        raise ValueError(
-            f"the question has {len(ids)} tokens with its template; expected at most "
-            f"{most - max_new_tokens} ({most} positions less {max_new_tokens} for the answer). "
-            "Ask something shorter."
-        )
-    embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
-    tokens = stream(llm, embeds, lengths, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
-    return text_pieces(chat, tokens)
-
-
 def main(
     question: Annotated[str, tyro.conf.Positional] = "what is the capital of france",
     model: str = "toy/llama",
@@ -568,14 +425,13 @@ def main(
         system: instruction in the system turn.
         max_new_tokens: the answer stops here at the latest.
     """
+    import generate  # what writes word after word is the next chapter
+
     chat = Chat.load(model)
-    for piece in answer(Llama.load(model), chat, question, system, max_new_tokens):
+    for piece in generate.answer(Llama.load(model), chat, question, system, max_new_tokens):
         print(piece, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(lambda: tyro.cli(main))

@@ -14,32 +14,66 @@ A template of `jax.ShapeDtypeStruct`s says what is wanted: shape, dtype and, if 
 process reads only the slices that its own devices hold, and one at a time: beside what they hold,
 the host needs room for two such slices, not for a model.
 
-Reads: nothing of ours.   Read next: sharding.py.
+Run it to see a model's tree beside its file:  python weights.py toy/diva
+
+Annex: runtime/files.py reads JSON and writes files whole; runtime/sharding.py says which device
+holds which slice.   Read next: whisper.py.
 """
 
 import dataclasses
-import json
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+import tyro
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
+
+from runtime import command, files, sharding
 
 Config = TypeVar("Config")
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]  # no .bin, .pth or fp32 duplicates
 
 log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------
+# The two modules that every model here is made of
+
+
+class Linear(eqx.Module):
+    """y = x W^T + b. The weight keeps its own dtype; the product runs in the dtype of x."""
+
+    weight: Float[Array, "*N out in"]
+    bias: Float[Array, "*N out"] | None = None
+
+    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        # All positions in one axis: XLA's CPU backend takes five times as long for the gradient of
+        # the weight when it sums over two axes.
+        y = x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype).T
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    """One row for each token or position."""
+
+    weight: Float[Array, "rows D"]
+
+
+# ---------------------------------------------------------------------------------------------
+# A model's folder
 
 
 def resolve(path_or_repo: str | Path) -> Path:
@@ -65,22 +99,6 @@ def resolve(path_or_repo: str | Path) -> Path:
         ) from error
 
 
-def read_json(path: Path | epath.Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError or ValueError that names file and line."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; expected the {path.name} that is published with the model. "
-            "Download it into this folder."
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected a JSON object.")
-    return value
-
-
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The model's own tokenizer. Raises FileNotFoundError that names the file."""
     file = folder / "tokenizer.json"
@@ -97,7 +115,7 @@ def read_config(cls: type[Config], folder: Path) -> Config:
 
     Raises ValueError if a field without default is absent.
     """
-    values = read_json(folder / "config.json")
+    values = files.read_json(folder / "config.json")
     fields = dataclasses.fields(cls)
     absent = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
     if absent:
@@ -107,6 +125,22 @@ def read_config(cls: type[Config], folder: Path) -> Config:
             "the right model?"
         )
     return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+
+
+# ---------------------------------------------------------------------------------------------
+# Tree and file
+
+
+class Published(NamedTuple):
+    """What a model's folder must hold: the tree it becomes, and how its tensors are called there.
+
+    A tensor's name in the file is `prefix` and its path in `template`; `unused` {start of a name:
+    reason} are tensors that may be left in the file.
+    """
+
+    template: Any
+    prefix: str = ""
+    unused: dict[str, str] = {}  # noqa: RUF012  (never changed)
 
 
 def abstract(init: Callable, *args: Any, dtype: Any = None) -> Any:
@@ -234,7 +268,23 @@ def _read(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts), total
 
 
-def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None = None) -> Path:
+def read_tensor(folder: Path, names: Sequence[str]) -> tuple[str, np.ndarray]:
+    """The first of `names` that a model's folder holds, and its array in f32.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    file_of = _tensor_files(folder)
+    found = next((name for name in names if name in file_of), None)
+    if found is None:
+        raise ValueError(
+            f"{folder}: holds none of {', '.join(names)}; expected the tensors of a Llama. "
+            "Give --model a text model's folder."
+        )
+    _check_shards(file_of, {found})
+    return found, np.asarray(_open(file_of[found]).get_tensor(found)).astype(np.float32)
+
+
+def save(tree: Any, folder: str | Path, prefix: str = "") -> Path:
     """Write `tree` to `folder/model.safetensors` under its published names; returns the file.
 
     The file is written beside and then renamed: a crash leaves the old one whole.
@@ -246,11 +296,9 @@ def save(tree: Any, folder: str | Path, prefix: str = "", metadata: dict | None 
             n: np.asarray(array[i] if stacked else array, order="C") for i, n in enumerate(names)
         }
     target = Path(folder) / "model.safetensors"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
-    partial.chmod(0o644)  # safetensors makes files that their owner alone may read
-    partial.rename(target)
+    with files.whole(target) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes files that their owner alone may read
     return target
 
 
@@ -258,7 +306,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """{tensor name: the file that holds it} of a model folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = files.read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: no weight_map; expected {{tensor name: file name}}.")
         return {name: folder / file for name, file in weight_map.items()}
@@ -283,3 +331,73 @@ def _open(file: Path):
 def _some(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"
+
+
+# ---------------------------------------------------------------------------------------------
+# The tree beside the file
+
+
+def describe(published: Published, folder: Path, devices: int) -> list[str]:
+    """A line for each array of the tree, one for each tensor that has no place in it, and sums."""
+    file_of = _tensor_files(folder)
+    stored = {}  # {name: (shape, dtype)}
+    for file in sorted({*file_of.values()}):
+        opened = _open(file)
+        for name in sorted(name for name, holder in file_of.items() if holder == file):
+            found = opened.get_slice(name)
+            stored[name] = (tuple(found.get_shape()), found.get_dtype())
+    mesh = jax.sharding.AbstractMesh((1, devices), sharding.AXES)
+    template = published.template
+    places = jax.tree.leaves(sharding.shardings(template, mesh))
+    kinds = f"{'array of the tree':44} {'tensors in the file':24} {'dtype':5}"
+    lines = [f"{kinds} {'parameters':>13}  each of {devices} devices holds"]
+    total, needed = 0, set()
+    for (leaf, names, stacked), place in zip(
+        names_of(template, published.prefix), places, strict=True
+    ):
+        needed |= {*names}
+        shape, times = leaf.shape[1:] if stacked else leaf.shape, f"{len(names)} x " * stacked
+        found = {stored.get(name, ("missing", "-")) for name in names}
+        tensors = f"{times}{list(shape)}"
+        if {of for of, _ in found} != {shape}:
+            tensors = f"expected {tensors}, found {', '.join(sorted(str(of) for of, _ in found))}"
+        name = names[0].removeprefix(published.prefix)
+        name = name.replace("layers.0.", "layers.") if stacked else name
+        part = list(place.shard_shape(leaf.shape))
+        held = f"{part[0]} x {part[1:]}" if stacked else f"{part}"
+        total += math.prod(leaf.shape)
+        lines.append(
+            f"{name:44} {tensors:24} {'/'.join(sorted({kind for _, kind in found})):5} "
+            f"{math.prod(leaf.shape):13,}  {held if any(place.spec) else 'all of it'}"
+        )
+    for name in sorted(stored.keys() - needed):
+        reasons = [why for start, why in published.unused.items() if name.startswith(start)]
+        said = f"unused: {reasons[0]}" if reasons else "unexpected: not a tensor of this model"
+        lines.append(f"{name:44} {list(stored[name][0])!s:24} {stored[name][1]:5} {'':13}  {said}")
+    lines.append(f"{len(needed)} tensors, {len(places)} arrays, {total:,} parameters")
+    return lines
+
+
+def main(model: Annotated[str, tyro.conf.Positional] = "toy/diva", devices: int = 8) -> None:
+    """Print the tree of a model beside its file, and how it would be split over devices.
+
+    Args:
+        model: folder or Hugging Face repo id of a Whisper, a Llama or a DiVA.
+        devices: how many share each large array.
+    """
+    import connector  # the models are the next chapters
+    import llama
+    import whisper
+
+    folder = resolve(model)
+    kinds = {"whisper": whisper.Whisper, "llama": llama.Llama, "diva": connector.DiVA}
+    kind = files.read_json(folder / "config.json").get("model_type")
+    if kind not in kinds:
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {kind!r}; expected one of {', '.join(kinds)}."
+        )
+    print("\n".join(describe(kinds[kind].published(folder), folder, devices)))
+
+
+if __name__ == "__main__":
+    command.run(lambda: tyro.cli(main))

@@ -1,4 +1,4 @@
-"""Whisper: sound to text. Log-mel spectrogram, encoder, decoder, greedy transcription.
+"""Whisper: sound to text. Log-mel spectrogram, encoder, decoder.
 
     audio [B, S] -> log_mel [B, F, M] -> Encoder [B, T, D] -> Decoder [B, L, D] -> logits [B, L, V]
 
@@ -8,16 +8,19 @@ positions (F / 2), L text tokens, D width (d_model), H heads, K head width, V vo
 The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
 connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
 
+Annex: `attention.attend` is softmax attention, `sharding.gather` and `run_layers` bring a layer to
+the device that runs it and scan over the stack; on one device they do nothing else.
+
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
-Reads: attention.py, sharding.py, weights.py.   Read next: llama.py.
+Reads: weights.py.   Read next: llama.py.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import equinox as eqx
 import jax
@@ -25,11 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from tokenizers import Tokenizer
 
-import attention
-import sharding
 import weights
+from runtime import attention, command, sharding
+from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
 FFT_SIZE = 400  # samples of one analysis window: 25 ms
@@ -117,20 +119,6 @@ def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F 
 # Modules
 
 
-class Linear(eqx.Module):
-    """y = x W^T + b. The weight keeps its own dtype; the product runs in the dtype of x."""
-
-    weight: Float[Array, "*N out in"]
-    bias: Float[Array, "*N out"] | None
-
-    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
-        # All positions in one axis: XLA's CPU backend takes five times as long for the gradient of
-        # the weight when it sums over two axes.
-        y = x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype).T
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
-
-
 class LayerNorm(eqx.Module):
     """Normalise to mean 0 and variance 1 over the last axis, in f32, then scale and shift."""
 
@@ -142,12 +130,6 @@ class LayerNorm(eqx.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
         return (normal * self.weight + self.bias).astype(x.dtype)
-
-
-class Embedding(eqx.Module):
-    """One row for each token or position."""
-
-    weight: Float[Array, "rows D"]
 
 
 class Conv(eqx.Module):
@@ -296,6 +278,23 @@ class Encoder(eqx.Module):
         x = gelu(conv2(x)) + positions.astype(mel.dtype)
         return self.layer_norm(sharding.run_layers(self.layers, x, lambda layer, x: layer(x)))
 
+    @staticmethod
+    def init(c: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> "Encoder":
+        """Random weights."""
+        n, width = c.encoder_layers, c.d_model
+        return Encoder(
+            conv1=Conv(_normal(keys, width, c.num_mel_bins, 3), jnp.zeros(width), stride=1),
+            conv2=Conv(_normal(keys, width, width, 3), jnp.zeros(width), stride=2),
+            embed_positions=Embedding(jnp.asarray(sinusoids(c.max_source_positions, width))),
+            layers=EncoderLayer(
+                self_attn=_attention(keys, n, width, c.encoder_attention_heads),
+                self_attn_layer_norm=_norm(n, width),
+                **_mlp(keys, n, width, c.encoder_ffn_dim),
+                final_layer_norm=_norm(n, width),
+            ),
+            layer_norm=_norm(width),
+        )
+
 
 class Decoder(eqx.Module):
     """Causal transformer over its inputs that cross-attends to the encoder's states."""
@@ -346,6 +345,24 @@ class Decoder(eqx.Module):
         x, own = jax.lax.scan(layer, x, (self.layers, cache))
         return self.logits(self.layer_norm(x[:, 0])), cache | {"self": own}
 
+    @staticmethod
+    def init(c: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> "Decoder":
+        """Random weights."""
+        n, width = c.decoder_layers, c.d_model
+        return Decoder(
+            embed_tokens=Embedding(_normal(keys, c.vocab_size, width)),
+            embed_positions=Embedding(_normal(keys, c.max_target_positions, width)),
+            layers=DecoderLayer(
+                self_attn=_attention(keys, n, width, c.decoder_attention_heads),
+                self_attn_layer_norm=_norm(n, width),
+                encoder_attn=_attention(keys, n, width, c.decoder_attention_heads),
+                encoder_attn_layer_norm=_norm(n, width),
+                **_mlp(keys, n, width, c.decoder_ffn_dim),
+                final_layer_norm=_norm(n, width),
+            ),
+            layer_norm=_norm(width),
+        )
+
 
 class Whisper(eqx.Module):
     """The whole recogniser; `model.` stands before its tensors' names in a published file."""
@@ -357,53 +374,16 @@ class Whisper(eqx.Module):
     @staticmethod
     def init(config: WhisperConfig, key: PRNGKeyArray) -> "Whisper":
         """Random weights (normal, 0.02) with Whisper's sinusoidal encoder positions."""
-        c, width = config, config.d_model
         keys = iter(jax.random.split(key, 64))
+        return Whisper(Encoder.init(config, keys), Decoder.init(config, keys), config)
 
-        def normal(*shape):
-            return 0.02 * jax.random.normal(next(keys), shape)
-
-        def linear(layers, n_in, n_out, bias=True):
-            zeros = jnp.zeros((layers, n_out)) if bias else None
-            return Linear(normal(layers, n_out, n_in), zeros)
-
-        def norm(*lead):
-            return LayerNorm(jnp.ones((*lead, width)), jnp.zeros((*lead, width)))
-
-        def attention(n, heads):
-            q, k, v, out = (linear(n, width, width, bias=name != "k") for name in "qkvo")
-            return Attention(q, k, v, out, heads)
-
-        def mlp(n, ffn):
-            return {"fc1": linear(n, width, ffn), "fc2": linear(n, ffn, width)}
-
-        n, m = c.encoder_layers, c.decoder_layers
-        encoder = Encoder(
-            conv1=Conv(normal(width, c.num_mel_bins, 3), jnp.zeros(width), stride=1),
-            conv2=Conv(normal(width, width, 3), jnp.zeros(width), stride=2),
-            embed_positions=Embedding(jnp.asarray(sinusoids(c.max_source_positions, width))),
-            layers=EncoderLayer(
-                self_attn=attention(n, c.encoder_attention_heads),
-                self_attn_layer_norm=norm(n),
-                **mlp(n, c.encoder_ffn_dim),
-                final_layer_norm=norm(n),
-            ),
-            layer_norm=norm(),
-        )
-        decoder = Decoder(
-            embed_tokens=Embedding(normal(c.vocab_size, width)),
-            embed_positions=Embedding(normal(c.max_target_positions, width)),
-            layers=DecoderLayer(
-                self_attn=attention(m, c.decoder_attention_heads),
-                self_attn_layer_norm=norm(m),
-                encoder_attn=attention(m, c.decoder_attention_heads),
-                encoder_attn_layer_norm=norm(m),
-                **mlp(m, c.decoder_ffn_dim),
-                final_layer_norm=norm(m),
-            ),
-            layer_norm=norm(),
-        )
-        return Whisper(encoder, decoder, config)
+    @staticmethod
+    def published(folder: Path, dtype=None) -> weights.Published:
+        """What a published folder holds; floats in `dtype`."""
+        config = weights.read_config(WhisperConfig, folder)
+        template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
+        unused = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
+        return weights.Published(template, "model.", unused)
 
     @staticmethod
     def load(
@@ -411,10 +391,34 @@ class Whisper(eqx.Module):
     ) -> "Whisper":
         """Load a published checkpoint; `place` gives the template's arrays their shardings."""
         folder = weights.resolve(path)
-        config = weights.read_config(WhisperConfig, folder)
-        template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
-        unused = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
-        return weights.load(place(template), folder, prefix="model.", unused=unused)
+        template, prefix, unused = Whisper.published(folder, dtype)
+        return weights.load(place(template), folder, prefix, unused)
+
+
+# ---------------------------------------------------------------------------------------------
+# Random weights, in the shapes of the published ones
+
+
+def _normal(keys: Iterator[PRNGKeyArray], *shape: int) -> Array:
+    return 0.02 * jax.random.normal(next(keys), shape)
+
+
+def _linear(keys, layers: int, n_in: int, n_out: int, bias: bool = True) -> Linear:
+    zeros = jnp.zeros((layers, n_out)) if bias else None
+    return Linear(_normal(keys, layers, n_out, n_in), zeros)
+
+
+def _norm(*shape: int) -> LayerNorm:
+    return LayerNorm(jnp.ones(shape), jnp.zeros(shape))
+
+
+def _attention(keys, layers: int, width: int, heads: int) -> Attention:
+    parts = (_linear(keys, layers, width, width, bias=name != "k") for name in "qkvo")
+    return Attention(*parts, heads)
+
+
+def _mlp(keys, layers: int, width: int, inner: int) -> dict[str, Linear]:
+    return {"fc1": _linear(keys, layers, width, inner), "fc2": _linear(keys, layers, inner, width)}
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
@@ -422,106 +426,6 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     scale = np.exp(-math.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
     angle = np.arange(length)[:, None] * scale
     return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------
-# Greedy transcription
-
-
-@functools.partial(jax.jit, static_argnames=("forced", "suppress", "begin_suppress", "max_length"))
-def greedy(
-    model: Whisper,
-    audio: Float[Array, "B S"],
-    *,
-    forced: tuple[int, ...],
-    suppress: tuple[int, ...],
-    begin_suppress: tuple[int, ...],
-    max_length: int,
-) -> Int[Array, "B L"]:
-    """Token ids [B, max_length] that begin with `forced` and are filled up with the end token.
-
-    One compiled loop with a cache, until every clip has ended. `suppress` tokens are never chosen,
-    `begin_suppress` ones (an empty transcript) not as the first free token.
-    """
-    end = model.config.eos_token_id
-    vocabulary = np.arange(model.config.vocab_size)
-    banned = np.where(np.isin(vocabulary, suppress), -np.inf, 0.0)
-    banned_first = np.where(np.isin(vocabulary, begin_suppress), -np.inf, banned)
-    banned, banned_first = jnp.asarray(banned, jnp.float32), jnp.asarray(banned_first, jnp.float32)
-    mel = log_mel(audio, model.config.num_mel_bins).astype(model.encoder.conv1.weight.dtype)
-    states = model.encoder(mel)
-
-    def body(state):
-        position, tokens, done, cache = state
-        logits, cache = model.decoder.step(tokens[:, position], cache, position)
-        # kept apart: XLA would fuse the sum into the product, and run that on one core of a CPU
-        logits = jax.lax.optimization_barrier(logits)
-        first = position + 1 == len(forced)
-        chosen = (logits.astype(jnp.float32) + jnp.where(first, banned_first, banned)).argmax(-1)
-        chosen = jnp.where(done, end, chosen)
-        chosen = jnp.where(position + 1 < len(forced), tokens[:, position + 1], chosen)
-        done = done | ((position + 1 >= len(forced)) & (chosen == end))
-        return position + 1, tokens.at[:, position + 1].set(chosen), done, cache
-
-    def going(state):
-        return (state[0] < max_length - 1) & ~state[2].all()
-
-    start = jnp.full((len(audio), max_length), end).at[:, : len(forced)].set(jnp.asarray(forced))
-    cache = model.decoder.empty_cache(states, max_length)
-    done = jnp.zeros(len(audio), bool)
-    return jax.lax.while_loop(going, body, (jnp.asarray(0), start, done, cache))[1]
-
-
-def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[str, Any]:
-    """The arguments of `greedy` that generation_config.json sets.
-
-    Multilingual files name tokens for the language and the task; older English-only ones list
-    forced_decoder_ids instead. Raises ValueError for a language that the model does not know.
-    """
-    file, rules = folder / "generation_config.json", {}
-    if file.is_file():
-        rules = weights.read_json(file)
-    forced = [rules.get("decoder_start_token_id", config.decoder_start_token_id)]
-    if languages := rules.get("lang_to_id"):
-        if f"<|{language}|>" not in languages:
-            known = ", ".join(sorted(name.strip("<|>") for name in languages))
-            raise ValueError(f"{file}: no language {language!r}; expected one of {known}.")
-        forced += [languages[f"<|{language}|>"], rules["task_to_id"]["transcribe"]]
-        forced.append(rules["no_timestamps_token_id"])
-    else:
-        forced += [token for _, token in rules.get("forced_decoder_ids") or () if token is not None]
-        if "no_timestamps_token_id" in rules and rules["no_timestamps_token_id"] not in forced:
-            forced.append(rules["no_timestamps_token_id"])
-    return {
-        "forced": tuple(forced),
-        "suppress": tuple(rules.get("suppress_tokens") or ()),
-        "begin_suppress": tuple(rules.get("begin_suppress_tokens") or ()),
-        "max_length": min(rules.get("max_length") or 448, config.max_target_positions),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcriber:
-    """A Whisper with its tokenizer and the rules of its generation_config.json."""
-
-    model: Whisper
-    tokenizer: Tokenizer
-    rules: dict[str, Any]
-
-    @staticmethod
-    def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
-        """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
-        folder = weights.resolve(path)
-        tokenizer = weights.read_tokenizer(folder)
-        model = Whisper.load(folder, dtype)
-        rules = decoding_rules(folder, model.config, language)
-        return Transcriber(model, tokenizer, rules)
-
-    def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
-        """Transcripts of audio that is padded to the model's window."""
-        tokens = greedy(self.model, audio, **self.rules)
-        rows = np.asarray(tokens)[:, len(self.rules["forced"]) :].tolist()
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
 def main(
@@ -538,15 +442,13 @@ def main(
         model: folder or Hugging Face repo id.
         language: code of the spoken language, for multilingual models.
     """
-    import data  # decoding is data.py's concept; the model itself does not need it
+    import data  # what decodes a clip,
+    import generate  # and what writes word after word, are later chapters
 
-    asr = Transcriber.load(model, language)
+    asr = generate.Transcriber.load(model, language)
     audio = data.load_window(clip, asr.model.config.window_samples)
     print(asr(jnp.asarray(audio))[0])
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+    command.run(lambda: tyro.cli(main))

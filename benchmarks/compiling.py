@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-import cost
 import llama
-import sharding
 import train
 import whisper
 from benchmarks import side_by_side
+from runtime import cost, sharding
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 3

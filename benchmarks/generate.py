@@ -3,8 +3,8 @@
 Needs `pip install '.[parity]'`. All in float32, greedy, on the CPU; each figure is the median of
 several runs in which the two sides take turns, so that a noisy machine disturbs both.
 
-1. Tokens a second of llama.generate beside transformers' generate with its cache: the same random
-   weights of about 100 million parameters, the same tokens (which is checked).
+1. Tokens a second of generate.generate beside transformers' generate with its cache: the same
+   random weights of about 100 million parameters, the same tokens (which is checked).
 2. Time from a clip to the first token of the answer, DiVA beside the cascade of the same Whisper
    and the same LLM: the toy models on a spoken question; and random weights in the sizes of
    Whisper-base and the LLM above, the transcript being of 13 tokens (Common Voice's mean).
@@ -26,6 +26,7 @@ import transformers
 
 import connector
 import data
+import generate
 import llama
 import whisper
 
@@ -78,7 +79,7 @@ def generation(llm: llama.Llama, theirs: transformers.LlamaForCausalLM) -> list[
 
         def ours(ids=ids, said=said):
             embeds, lengths = llm.embed(jnp.asarray(ids)), jnp.full(len(ids), ids.shape[1])
-            tokens = llama.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
+            tokens = generate.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
             said["ours"] = np.asarray(tokens)
 
         def others(ids=ids, said=said):
@@ -118,7 +119,7 @@ def first_token(
     before, after = jnp.asarray(prefix), jnp.asarray(suffix)
 
     def choose(embeds, length):
-        tokens = llama.stream(
+        tokens = generate.stream(
             diva.llm, embeds, jnp.asarray([length]), max_new_tokens=1, stop_ids=(-1,)
         )
         next(tokens)
@@ -129,7 +130,7 @@ def first_token(
 
     def cascade():
         ids = [*prefix, *asr(jnp.asarray(audio)), *suffix]
-        choose(diva.llm.embed(jnp.asarray(llama.padded_row(ids))), len(ids))
+        choose(diva.llm.embed(jnp.asarray(generate.padded_row(ids))), len(ids))
 
     return take_turns({"diva": speech, "cascade": cascade})
 
@@ -137,7 +138,7 @@ def first_token(
 def toy() -> dict:
     """The shipped models on a spoken question."""
     diva = connector.DiVA.load(ROOT / "toy/diva")
-    asr = whisper.Transcriber.load(ROOT / "toy/whisper")
+    asr = generate.Transcriber.load(ROOT / "toy/whisper")
     chat = llama.Chat.load(ROOT / "toy/llama")
     clip = ROOT / "toy/common_voice/en/clips/toy_en_test_00000.opus"
     audio = data.load_window(clip, diva.window_samples)
@@ -154,7 +155,7 @@ def random(llm: llama.Llama, queries: int) -> dict:
     rules["max_length"] = len(forced) + HEARD
 
     def transcribe(audio: jax.Array) -> list[int]:
-        tokens = np.asarray(whisper.greedy(asr, audio, **rules))[0, len(forced) :]
+        tokens = np.asarray(generate.greedy(asr, audio, **rules))[0, len(forced) :]
         return (tokens % LLAMA["vocab_size"]).tolist()
 
     audio = 0.1 * np.random.default_rng(0).normal(size=(1, WHISPER.window_samples))

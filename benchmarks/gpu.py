@@ -1,7 +1,7 @@
 """A full-size step and generation on one GPU: `python -m benchmarks.gpu` (pip install '.[cuda]').
 
 train.py's own step on random weights in the sizes of diva-8b, in bfloat16, with each response loss
-and each implementation of attention; and llama.generate at batch 1. The figures are held against
+and each implementation of attention; and generate.generate at batch 1. The figures are held against
 what this very card reaches: the rate of a large matrix product, and of streaming through memory.
 Each row runs in a process of its own, with the largest of BATCHES that fits. Prints README's
 tables; benchmarks/gpu.json keeps them. It runs on any device that JAX has; with the toy's sizes
@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import attention
-import cost
+import generate
 import llama
-import sharding
 import train
 import weights
 import whisper
 from benchmarks import side_by_side
+from runtime import attention, compiling, cost, sharding
 
 FILE = Path(__file__).with_suffix(".json")
 BATCHES = 128, 96, 64, 48, 32, 16, 8, 4
@@ -123,7 +122,7 @@ def step(whisper_name: str, llm_name: str, loss: str, implementation: str) -> di
     opt_state = jax.tree.map(
         lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), opt_state
     )
-    batch, times = train.to_devices(clips, mesh), []
+    batch, times = sharding.to_devices(clips, mesh), []
     for number in range(-WARM, STEPS):
         start = time.perf_counter()
         params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(0))
@@ -138,7 +137,7 @@ def step(whisper_name: str, llm_name: str, loss: str, implementation: str) -> di
         "recompute": recompute,
         "seconds": median(times),
         "flops": work * size / median(times),
-        "memory": peak or cost.bytes_needed(compiled.memory_analysis()),
+        "memory": peak or compiling.bytes_needed(compiled.memory_analysis()),
         "finite": bool(np.asarray(metrics["finite"]).all()),
     }
 
@@ -152,7 +151,7 @@ def generation(llm_name: str) -> dict[str, float]:
     lengths = jnp.full(1, PROMPT)
 
     def answer():
-        return llama.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
+        return generate.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
 
     read = sum(x.nbytes for x in jax.tree.leaves(llm.model.layers)) + llm.output_matrix.nbytes
     return {"tokens": NEW / fastest(answer, repeats=5), "bytes": read}

@@ -32,10 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import cost
 import llama
-import sharding
 import weights
+from runtime import cost, sharding
 
 DEVICES = 8
 SHARDS = 4

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cost
 import train
+from runtime import compiling, cost
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = ("v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8")
@@ -27,7 +27,7 @@ def measure(name: str) -> dict[str, Any]:
         "slice": name,
         "chips": program.chips,
         "flops": program.flops,
-        "memory": cost.bytes_needed(program.memory),
+        "memory": compiling.bytes_needed(program.memory),
         "arguments": program.memory.argument_size_in_bytes,
         "sent": sum(c.travel for c in program.collectives.values()),
         "compile_seconds": round(found.seconds),

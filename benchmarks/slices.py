@@ -7,8 +7,8 @@ README's table. What was measured is kept in benchmarks/slices.json.
 import json
 from pathlib import Path
 
-import cost
 import train
+from runtime import compiling, cost
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = [
@@ -28,14 +28,14 @@ def measure(preset: str, name: str) -> dict:
     config = train.parse(["--preset", preset, "--compile-only", name])
     found = train.compile_for(config)
     chip, program = cost.CHIPS[found.devices[0].device_kind], found.program
-    bounds, roof, fair = cost.step_times(program, chip)
+    bounds, roof, fair = compiling.step_times(program, chip)
     return {
         "preset": preset,
         "slice": name,
         "chips": len(found.devices),
         "recompute": found.recompute,
         "compile_seconds": round(found.seconds),
-        "memory": cost.bytes_needed(program.memory),
+        "memory": compiling.bytes_needed(program.memory),
         "room": chip.memory,
         "collectives": {k: vars(c) for k, c in program.collectives.items()},
         "flops": sum(found.parts.values()),

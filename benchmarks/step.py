@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import connector
-import cost
 import llama
-import sharding
 import train
 import weights
 import whisper
 from benchmarks import side_by_side
+from runtime import cost, files, sharding
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -94,7 +93,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
         "weights": np.ones(size, np.float32),
     }
     words = (batch["ids"], batch["lengths"], prefix, suffix)
-    text, last = train.text_turn(*map(jnp.asarray, words))
+    text, last = connector.text_turn(*map(jnp.asarray, words))
     teacher = {"text": np.asarray(text), "last": np.asarray(last)}
     return batch | teacher | {"prefix": prefix, "suffix": suffix}
 
@@ -131,14 +130,14 @@ def gradient(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -
 def training(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
     """A step of training, always on `batch`, as train.py's loop does it; returns the two losses."""
     mesh, (params, opt_state, frozen), batch = state(folder, batch, config)
-    step, on_devices = 0, train.to_devices(batch, mesh)
+    step, on_devices = 0, sharding.to_devices(batch, mesh)
     compiled, _ = train.compile_step(
         config, mesh, math.inf, (params, opt_state, frozen), on_devices
     )
 
     def work():
         nonlocal params, opt_state, step
-        on_devices = train.to_devices(batch, mesh)
+        on_devices = sharding.to_devices(batch, mesh)
         params, opt_state, metrics = compiled(params, opt_state, frozen, on_devices, np.int32(step))
         step += 1
         return [float(metrics[name]) for name in ("alignment", "response")]
@@ -182,7 +181,7 @@ def measure(
 
     config = dataclasses.replace(train.PRESETS[preset], batch_size=size)
     batch = make_batch(folder, size, turn)
-    queries = weights.read_json(folder / "config.json")["queries"]
+    queries = files.read_json(folder / "config.json")["queries"]
     row: dict[str, Any] = {"models": models, "batch": size, "queries": queries}
     row["agreement"] = agreement(folder, batch, config)
     makers = {

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import systems
+from evaluation import systems
 
 ROOT = Path(__file__).parents[1]
 SEEDS = {"seed 0": "", "seed 1": "--seed 1", "seed 2": "--seed 2"}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+import generate
 import llama
 import whisper
 
@@ -48,8 +49,8 @@ def check_whisper(folder: Path) -> None:
     hidden = model.decoder(model.decoder.embed(ids), jnp.asarray(expected["states"]))
     close(hidden, expected["hidden"], 1e-4, "decoder states")
     close(model.decoder.logits(hidden), expected["logits"], 1e-4, "logits")
-    rules = whisper.decoding_rules(folder, model.config, "en")
-    tokens = np.asarray(whisper.greedy(model, audio, **rules))[:, len(rules["forced"]) :]
+    rules = generate.decoding_rules(folder, model.config, "en")
+    tokens = np.asarray(generate.greedy(model, audio, **rules))[:, len(rules["forced"]) :]
     np.testing.assert_array_equal(tokens, expected["tokens"][:, : tokens.shape[1]])
     end = model.config.eos_token_id
     assert (expected["tokens"][:, tokens.shape[1] :] == end).all()
@@ -68,7 +69,7 @@ def check_llama(folder: Path) -> None:
     # 9,000 rad in f32 carry an error of 5e-4 rad: both sides compute the angle in f32
     assert np.abs(np.cos(angles) - expected["far_cos"][..., :half]).max() <= 1e-3
     assert np.abs(np.sin(angles) - expected["far_sin"][..., :half]).max() <= 1e-3
-    tokens = llama.generate(
+    tokens = generate.generate(
         model, model.embed(ids[:1, :9]), jnp.asarray([9]), max_new_tokens=20, stop_ids=(3,)
     )
     generated = expected["generated"]

@@ -255,8 +255,8 @@ def test_a_manifest_line_without_audio_or_text_is_refused_with_its_number(tmp_pa
 
 def test_a_manifest_line_that_is_no_json_is_refused_with_its_number(tmp_path):
     file = write_lines(tmp_path / "list.jsonl", GOOD, "{'audio': 'a.mp3'}", GOOD)
-    say = f"{file}:2: not JSON (Expecting property name"
-    refused(ValueError, partial(data.read_clips, file), say, f"one object a line such as {GOOD}")
+    say = f"{file}:2: no JSON object (Expecting property name"
+    refused(ValueError, partial(data.read_clips, file), say, "expected one on each line")
 
 
 def test_a_path_that_is_no_data_is_refused(tmp_path):
@@ -271,10 +271,11 @@ def test_a_path_that_is_no_data_is_refused(tmp_path):
     empty.write_text("\n")
     refused(ValueError, partial(data.read_clips, empty), f"{empty}: split 'train' lists no clip")
     sound = write_audio(tmp_path / "a.flac", tone(440, 0.1))
-    say = "not text in UTF-8 ('utf-8' codec"
-    refused(ValueError, partial(data.read_clips, sound), f"{sound}: {say}", "a JSONL manifest")
+    say = "no text in UTF-8 ('utf-8' codec"
+    refused(ValueError, partial(data.read_clips, sound), f"{sound}: {say}", "expected a text file")
     (tmp_path / "clips").mkdir()
     (tmp_path / "train.tsv").write_bytes("path\tsentence\na.mp3\tgrün\n".encode("latin-1"))
+    say = say.replace("no text", "not text")
     refused(ValueError, partial(data.read_clips, tmp_path), f"{tmp_path}: {say}")
 
 
@@ -595,7 +596,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(tmp_path, opened, mo
     assert len(caplog.records) == 2
     said = caplog.records[0].getMessage()
     assert said.startswith(f"{tmp_path / 'file/cache/diva'}/seconds-")
-    assert "cannot be written (" in said and "the next start will open 2 clips again. Set" in said
+    assert "cannot be written (" in said and "the next start will open 2 files again. Set" in said
 
 
 def test_an_interrupted_write_leaves_the_old_lengths(tmp_path, opened, monkeypatch):

@@ -21,8 +21,8 @@ import tyro
 
 import data
 import demo
-import llama
-import systems
+import generate
+from evaluation import systems
 
 TOY = Path(demo.__file__).parent / "toy"
 CLIPS = TOY / "common_voice/en/clips"
@@ -77,14 +77,14 @@ def test_a_clip_is_answered_alone_as_by_the_harness_in_a_batch(assistant, instru
 def test_the_answer_grows_while_it_is_made(assistant):
     """Each reply adds to the one before it; the first is there before the last token is made."""
     texts, steps = [], []
-    plain = llama._next
+    plain = generate._next
 
     def counted(*args):
         steps.append(1)
         return plain(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "_next", counted)
+        patch.setattr(generate, "_next", counted)
         for reply in assistant.answer(QUESTION, instruction="Repeat the input."):
             texts.append((reply.text, len(steps)))
     shown = [text for text, _ in texts]
@@ -101,7 +101,7 @@ def test_a_prompt_is_the_turn_that_was_trained_with(assistant):
     embeds, length = assistant.prompt((), virtual, "Be brief.")
     prefix, suffix = map(jnp.asarray, assistant.chat.wrap("Be brief."))
     turn = assistant.diva.embed_turn(jnp.asarray(virtual)[None], prefix, suffix)
-    assert turn.shape[1] == length and embeds.shape[1] == llama.padded(length)
+    assert turn.shape[1] == length and embeds.shape[1] == generate.padded(length)
     np.testing.assert_array_equal(embeds[:, :length], turn)
 
 

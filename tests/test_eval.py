@@ -23,11 +23,8 @@ import universe
 from sacrebleu.metrics import BLEU, CHRF
 
 import eval as evaluation
-import report
-import significance
-import suites
-import systems
-from systems import SYSTEMS, Ask
+from evaluation import published, report, significance, suites, systems
+from evaluation.systems import SYSTEMS, Ask
 
 HEARING = ("untrained", "diva", "cascade")  # those that need the clip
 
@@ -741,7 +738,7 @@ def test_translations_are_scored_by_language_and_then_averaged():
     signed = found["signatures"]
     assert list(signed) == ["bleu de", "bleu zh-CN", "chrf de", "chrf zh-CN"]
     assert "tok:13a" in signed["bleu de"] and "tok:zh" in signed["bleu zh-CN"]
-    assert found["published"] == suites.PUBLISHED["covost"]
+    assert found["published"] == published.PUBLISHED["covost"]
 
 
 def test_the_score_of_each_answer_alone_is_told_by_system():

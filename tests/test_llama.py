@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+import generate
 import llama
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -61,18 +62,18 @@ def prompts(model):
 def test_a_batch_of_different_lengths_answers_as_each_row_alone(model, prompts):
     ids, lengths = prompts
     limits = dict(max_new_tokens=8, stop_ids=(3,))
-    together = llama.generate(model, model.embed(ids), lengths, **limits)
+    together = generate.generate(model, model.embed(ids), lengths, **limits)
     for row, length in enumerate(lengths):
         alone = model.embed(ids[row : row + 1, :length])
         np.testing.assert_array_equal(
-            together[row], llama.generate(model, alone, length[None], **limits)[0]
+            together[row], generate.generate(model, alone, length[None], **limits)[0]
         )
 
 
 def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, prompts):
     ids, lengths = prompts
     sequence = ids[:1]
-    tokens = llama.generate(
+    tokens = generate.generate(
         model, model.embed(sequence), lengths[:1], max_new_tokens=6, stop_ids=(70,)
     )
     for token in tokens[0]:
@@ -84,15 +85,17 @@ def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, pr
 def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
     ids, lengths = prompts
     never = (0, 1)  # tokens that are not generated here
-    free = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=never)
+    free = generate.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=never)
     assert not np.isin(free, never).any()
     stop = int(free[0, 3])
     assert stop not in free[0, :3]
     stop_ids = (0, stop, 1)
-    stopped = llama.generate(model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=stop_ids)
+    stopped = generate.generate(
+        model, model.embed(ids), lengths, max_new_tokens=8, stop_ids=stop_ids
+    )
     np.testing.assert_array_equal(stopped[0, :3], free[0, :3])
     assert (stopped[0, 3:] == 0).all()
-    streamed = llama.stream(
+    streamed = generate.stream(
         model, model.embed(ids[:1]), lengths[:1], max_new_tokens=8, stop_ids=stop_ids
     )
     assert list(streamed) == free[0, :3].tolist()
@@ -101,8 +104,8 @@ def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
 def test_streaming_gives_the_tokens_of_generate(model, prompts):
     ids, lengths = prompts
     embeds = model.embed(ids[:1])
-    whole = llama.generate(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,))[0]
-    pieces = list(llama.stream(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,)))
+    whole = generate.generate(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,))[0]
+    pieces = list(generate.stream(model, embeds, lengths[:1], max_new_tokens=6, stop_ids=(70,)))
     assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 1
 
 
@@ -111,21 +114,21 @@ def test_streaming_samples_as_generate_does(model, prompts):
     ids, lengths = prompts
     sampling = {"temperature": 1.0, "top_p": 0.9, "key": jax.random.key(3)}
     options = {"max_new_tokens": 6, "stop_ids": (70,)} | sampling
-    whole = llama.generate(model, model.embed(ids[:1]), lengths[:1], **options)[0]
-    pieces = list(llama.stream(model, model.embed(ids[:1]), lengths[:1], **options))
+    whole = generate.generate(model, model.embed(ids[:1]), lengths[:1], **options)[0]
+    pieces = list(generate.stream(model, model.embed(ids[:1]), lengths[:1], **options))
     assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 3
 
 
 def test_prompts_of_many_lengths_are_compiled_for_few(model):
-    assert [llama.padded(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
+    assert [generate.padded(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
         *(64, 64, 128, 128, 256, 512, 1024)
     ]
-    before = llama._prefill._cache_size(), llama._next._cache_size()
+    before = generate._prefill._cache_size(), generate._next._cache_size()
     for length in (1, 9, 30):
-        embeds = model.embed(jnp.ones((1, llama.padded(length)), int))
+        embeds = model.embed(jnp.ones((1, generate.padded(length)), int))
         lengths = jnp.asarray([length])
-        list(llama.stream(model, embeds, lengths, max_new_tokens=3, stop_ids=(70,)))
-    after = llama._prefill._cache_size(), llama._next._cache_size()
+        list(generate.stream(model, embeds, lengths, max_new_tokens=3, stop_ids=(70,)))
+    after = generate._prefill._cache_size(), generate._next._cache_size()
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
@@ -134,11 +137,11 @@ def test_sampling_follows_the_softmax_and_the_nucleus():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
     draws = jnp.tile(logits, (20_000, 1))
     for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0])):
-        chosen = llama.choose(draws, 1.0, top_p, jax.random.key(0))
+        chosen = generate.choose(draws, 1.0, top_p, jax.random.key(0))
         found = np.bincount(chosen, minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=5 * 0.5 / 20_000**0.5)
         assert (found[np.array(expected) == 0] == 0).all()
-    cold = llama.choose(draws[:100], 0.05, 1.0, jax.random.key(0))
+    cold = generate.choose(draws[:100], 0.05, 1.0, jax.random.key(0))
     assert (cold == 0).mean() > 0.99
 
 
@@ -265,7 +268,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 def test_a_stream_of_bytes_never_shows_half_a_character(tmp_path):
     chat = llama.Chat.load(write_chat(tmp_path, LLAMA3))
     text = "größe 你好 🙂"
-    pieces = list(llama.text_pieces(chat, iter(chat.encode(text))))
+    pieces = list(generate.text_pieces(chat, iter(chat.encode(text))))
     assert "".join(pieces) == text
     assert not any("�" in piece for piece in pieces) and len(pieces) > 5
 
@@ -275,4 +278,4 @@ def test_a_question_longer_than_the_context_is_refused(tmp_path, model):
     short = dataclasses.replace(model.config, max_position_embeddings=40)
     small = llama.Llama(model.model, model.lm_head, short)
     with pytest.raises(ValueError, match=r"tokens with its template; expected at most 24"):
-        next(llama.answer(small, chat, "why " * 20, max_new_tokens=16))
+        next(generate.answer(small, chat, "why " * 20, max_new_tokens=16))

@@ -14,10 +14,9 @@ import tyro
 
 import demo
 import eval as evaluation
-import suites
-import systems
 import train
 from benchmarks import compiling, forward, gpu, loss, scaling, slices, step, toy
+from evaluation import suites, systems
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

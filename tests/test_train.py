@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,15 +32,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import connector
-import cost
 import data
 import distill_loss
+import eval as evaluation
 import llama
-import record
-import sharding
 import train
 import weights
 import whisper
+from runtime import command, cost, files, record, sharding
 
 STEPS, UNTIL = 30, 14
 WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
@@ -200,11 +198,11 @@ class Started:
         chat = llama.Chat.load(config.llm)
         turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
         self.params, self.opt_state, self.frozen = train.start_state(config, self.mesh, turn)
-        corpus = train.load_corpus(config, chat, 8000, 8)
+        corpus = data.prepare(data.read_clips(config.data), chat.encode_batch, 8000, 8)
         self.batches = data.batches(corpus, batch_size=config.batch_size, seed=0)
 
     def step(self, number: int) -> dict:
-        batch = train.to_devices(next(self.batches), self.mesh)
+        batch = sharding.to_devices(next(self.batches), self.mesh)
         self.params, self.opt_state, metrics = train.train_step(
             self.params,
             self.opt_state,
@@ -265,14 +263,14 @@ def test_the_resume_command_gives_the_same_configuration():
     config = train.parse(
         ["--preset", "diva-1b", "--data", "my clips", "--steps", "7", "--until", "3", "--seed", "2"]
     )
-    again = train.parse(shlex.split(train.command(config))[2:])
+    again = train.parse(shlex.split(train.resume_command(config))[2:])
     assert again == dataclasses.replace(config, until=None)
 
 
 def test_unknown_preset_and_flag_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "diva-70b"])
     with pytest.raises(SystemExit, match="1"):
-        train.main()
+        command.run(train.main)
     error = capsys.readouterr().err
     assert "diva-70b" in error and "diva-8b" in error and "Traceback" not in error
     with pytest.raises(SystemExit, match="2"):
@@ -367,7 +365,7 @@ def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
 
     @jax.jit
     def teacher(llm):
-        rows, last = train.text_turn(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix)
+        rows, last = connector.text_turn(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix)
         return llm(llm.embed(rows))[jnp.arange(len(rows)), last]
 
     states = teacher(llm)
@@ -420,9 +418,7 @@ def test_response_loss_chooses_the_distance():
         rng.normal(size=s).astype(np.float32) for s in [(4, 6)] * 2 + [(9, 6)]
     )
     weight = jnp.array([1.0, 1.0, 1.0, 0.0])
-    diva = types.SimpleNamespace(llm=types.SimpleNamespace(output_matrix=jnp.asarray(matrix)))
-    gram = distill_loss.gram_matrix(jnp.asarray(matrix))
-    frozen = train.Frozen(diva, None, None, gram)
+    rest = weight, jnp.asarray(matrix), distill_loss.gram_matrix(jnp.asarray(matrix))
     d = (student - teacher)[:3].astype(np.float64)
     centred = matrix - matrix.mean(0)
     p, q = (np.exp(x[:3] @ matrix.T) for x in (teacher, student))
@@ -433,9 +429,7 @@ def test_response_loss_chooses_the_distance():
         "kl": (p * np.log(p / q)).sum(1).mean(),
     }
     for kind, value in expected.items():
-        found = train.response_distance(
-            jnp.asarray(student), jnp.asarray(teacher), weight, frozen, kind
-        )
+        found = distill_loss.response(kind, jnp.asarray(student), jnp.asarray(teacher), *rest)
         np.testing.assert_allclose(found, value, rtol=1e-4, err_msg=kind)
 
 
@@ -502,7 +496,7 @@ def test_the_log_shows_where_the_time_goes(root, tmp_path, capfd, monkeypatch):
     assert found, line
     sizes = weights.read_config(whisper.WhisperConfig, root / "whisper")
     llm = weights.read_config(llama.LlamaConfig, root / "llama")
-    turn = weights.read_json(tmp_path / "turn.json")
+    turn = files.read_json(tmp_path / "turn.json")
     work = cost.flops(sizes, llm, 8, len(turn["prefix"] + turn["suffix"]), 8)
     row = rows_of(tmp_path)[9]
     expected = sum(work.values()) * 8 / 8 / chip.flops / row["seconds"]  # 8 clips, 8 devices
@@ -529,14 +523,16 @@ def start_process(config: train.Config, **environment: str) -> subprocess.Popen:
     """`python train.py` with the flags of `config`; a pause before each batch, so that a signal
     arrives in the middle of the run on any machine."""
     code = (
-        "import time, data, sharding, train; sharding.SMALL = 64; plain = data.batches\n"
+        "import time, data, train\n"
+        "from runtime import command, sharding\n"
+        "sharding.SMALL, plain = 64, data.batches\n"
         "def slow(*args, **kwargs):\n"
         "    for batch in plain(*args, **kwargs):\n"
         "        time.sleep(0.1); yield batch\n"
-        "data.batches = slow; train.main()"
+        "data.batches = slow; command.run(train.main)"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code, *shlex.split(train.command(config))[2:]],
+        [sys.executable, "-c", code, *shlex.split(train.resume_command(config))[2:]],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -625,7 +621,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path)
     steps = len(rows_of(out))
     assert 3 <= steps < STEPS and f"stopped at step {steps} of {STEPS} (SIGTERM)" in output
     printed = output.strip().splitlines()[-1]
-    assert printed.strip() == train.command(config_of(root, out))
+    assert printed.strip() == train.resume_command(config_of(root, out))
     train.run(train.parse(shlex.split(printed)[2:]))
     a, b = ((f / "model.safetensors").read_bytes() for f in (out, finished))
     assert a == b
@@ -635,7 +631,7 @@ def test_a_finished_run_is_not_run_again(root, finished, monkeypatch, capsys):
     """Started again it says so, and evaluates if that is still to do; or shows the table again."""
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     asked = []
-    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **_: asked.append(args))
     train.run(config_of(root, finished))
     assert "is finished (30 steps)" in capsys.readouterr().out and not asked
     train.run(config_of(root, finished, tasks="some/tasks"))
@@ -736,9 +732,9 @@ def test_a_folder_that_cannot_be_written_is_a_message(root, tmp_path, capsys, mo
     """A place where even root cannot write (below a file): a message and exit code 1."""
     (tmp_path / "file").write_text("")
     config = config_of(root, tmp_path / "file" / "out")
-    monkeypatch.setattr(sys, "argv", shlex.split(train.command(config))[1:])
+    monkeypatch.setattr(sys, "argv", shlex.split(train.resume_command(config))[1:])
     with pytest.raises(SystemExit, match="1"):
-        train.main()
+        command.run(train.main)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "file/out: could not be written" in error
     assert "--out" in error and "Traceback" not in error

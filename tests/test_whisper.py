@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import generate
 import weights
 import whisper
 
@@ -41,18 +42,18 @@ def test_the_decoder_is_causal(model, audio):
 
 
 def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
-    rules = whisper.decoding_rules(FIXTURES / NAMES[0], model.config, "en")
-    both = whisper.greedy(model, audio, **rules)
-    alone = jnp.concatenate([whisper.greedy(model, audio[i : i + 1], **rules) for i in (0, 1)])
+    rules = generate.decoding_rules(FIXTURES / NAMES[0], model.config, "en")
+    both = generate.greedy(model, audio, **rules)
+    alone = jnp.concatenate([generate.greedy(model, audio[i : i + 1], **rules) for i in (0, 1)])
     np.testing.assert_array_equal(both, alone)
 
 
 def test_suppressed_tokens_are_never_written(model, audio):
     """What would be written is suppressed: something else is, from the first free position on."""
     rules = dict(forced=(40, 41), suppress=(), begin_suppress=(), max_length=10)
-    free = np.asarray(whisper.greedy(model, audio, **rules))
+    free = np.asarray(generate.greedy(model, audio, **rules))
     banned = tuple(int(token) for token in np.unique(free[:, 2:4]))
-    without = np.asarray(whisper.greedy(model, audio, **rules | {"suppress": banned}))
+    without = np.asarray(generate.greedy(model, audio, **rules | {"suppress": banned}))
     assert not np.isin(without[:, 2:], banned).any() and (without[:, 2] != free[:, 2]).all()
 
 
@@ -68,7 +69,7 @@ def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
 
 def test_another_language_forces_another_token(model):
     forced = [
-        whisper.decoding_rules(FIXTURES / NAMES[0], model.config, code)["forced"]
+        generate.decoding_rules(FIXTURES / NAMES[0], model.config, code)["forced"]
         for code in ("en", "de")
     ]
     assert forced == [(40, 41, 43, 45), (40, 42, 43, 45)]
@@ -78,12 +79,12 @@ def test_older_files_force_their_tokens_by_position(tmp_path, model):
     """English-only checkpoints list forced_decoder_ids and have no language table."""
     rules = {"decoder_start_token_id": 40, "forced_decoder_ids": [[1, 45]]}
     (tmp_path / "generation_config.json").write_text(json.dumps(rules))
-    assert whisper.decoding_rules(tmp_path, model.config, "en")["forced"] == (40, 45)
+    assert generate.decoding_rules(tmp_path, model.config, "en")["forced"] == (40, 45)
 
 
 def test_an_unknown_language_is_refused_with_those_that_exist(model):
     with pytest.raises(ValueError, match=r"generation_config.json: no language 'xx'.* de, en"):
-        whisper.decoding_rules(FIXTURES / NAMES[0], model.config, "xx")
+        generate.decoding_rules(FIXTURES / NAMES[0], model.config, "xx")
 
 
 def test_audio_of_another_window_is_refused(model):
@@ -109,7 +110,7 @@ def test_another_activation_is_refused(tmp_path):
 
 def test_a_missing_tokenizer_is_named():
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is missing; expected"):
-        whisper.Transcriber.load(FIXTURES / NAMES[0])
+        generate.Transcriber.load(FIXTURES / NAMES[0])
 
 
 def test_published_sizes_have_the_published_number_of_parameters():

@@ -13,10 +13,9 @@ import equinox as eqx
 import pytest
 import test_cost
 
-import cost
-import sharding
 import train
 import whisper
+from runtime import compiling, cost, sharding
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install '.[tpu]'"
@@ -71,10 +70,10 @@ def test_the_published_step_on_the_published_slice(way, most):
         assert expected < 1.02 * by_hand / cost.TERA
 
     # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
-    params, _, frozen = train.abstract_state(config, asr, llm, sharding.make_mesh(512))
+    params, _, frozen = train.abstract_inputs(config, asr, llm, sharding.make_mesh(512))[0]
     gathered = test_cost.bytes_gathered(eqx.combine(params, frozen.diva), sharding.SMALL, 2, way)
     gradients = 2 * test_cost.parameters(params)
-    whole = {kind: float(rows[kind][1]) * 1e9 for kind in cost.TRAVEL if kind in rows}
+    whole = {kind: float(rows[kind][1]) * 1e9 for kind in compiling.TRAVEL if kind in rows}
     total = sum(whole.values())
     assert 0.99 * (gathered + gradients) < total < 1.01 * (gathered + gradients), whole
     # All clips' states before one layer of the LLM alone would be 2 GB.
@@ -83,17 +82,17 @@ def test_the_published_step_on_the_published_slice(way, most):
 
 def test_a_tiny_step_on_a_small_slice():
     """In seconds: products as TPUs write them are read as what they are, and none is left out."""
-    devices, batch_size = cost.slice_of("v5e:4x4"), 64
+    devices, batch_size = compiling.slice_of("v5e:4x4"), 64
     assert len(devices) == 16 and devices[0].device_kind == "TPU v5 lite"
     config = train.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=devices)
     asr, llm = test_cost.ASR, test_cost.LLM
-    state = train.abstract_state(config, asr, llm, mesh)
+    state = train.abstract_inputs(config, asr, llm, mesh)[0]
     batch = train.abstract_batch(config, asr.window_samples, test_cost.TEXT, mesh)
     chip = cost.CHIPS[devices[0].device_kind]
     compiled, way = train.compile_step(config, mesh, chip.memory, state, batch)
     assert way == "attention"
-    program = cost.Program(compiled, len(devices))
+    program = compiling.Program(compiled, len(devices))
     by_hand = sum(cost.flops(asr, llm, test_cost.QUERIES, test_cost.TURN, test_cost.TEXT).values())
     again = test_cost.computed_again(asr, llm, test_cost.QUERIES, way)
     mel = test_cost.mel_products(asr) + spectrum_products(asr)

@@ -20,13 +20,14 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-import record
-from metrics import METRICS, NO_LABELS
-from significance import ALPHA
-from suites import PUBLISHED_SYSTEMS, sample
+from evaluation.metrics import METRICS, NO_LABELS
+from evaluation.published import PUBLISHED_SYSTEMS
+from evaluation.significance import ALPHA
+from evaluation.suites import sample
+from runtime import files
 
 CASES = 50  # as many as the paper's authors read of each system
 SHOWN = 500  # clips of each task on the page; predictions.jsonl has all
@@ -40,12 +41,12 @@ def write(folder: Path, found: dict, items: list, answers: dict, scores: dict) -
     """All of it, into `folder`. `items` as in eval.py; answers {system: [text or None]}; scores
     {(system, number of the item): {metric: score of this answer alone}}."""
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    record.write_text(folder / "eval.json", text)
+    files.write_text(folder / "eval.json", text)
     (folder / "charts").mkdir(exist_ok=True)
     for task in found["tasks"]:
         chart(found, task, folder / "charts" / task)
-    record.write_text(folder / "cases.tsv", cases(found, items, answers, scores))
-    record.write_text(folder / "report.html", page(folder, found, items, answers, scores))
+    files.write_text(folder / "cases.tsv", cases(found, items, answers, scores))
+    files.write_text(folder / "report.html", page(folder, found, items, answers, scores))
 
 
 def headline(task: dict[str, Any]) -> str:
@@ -192,7 +193,8 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     bars = len(found["systems"]) + len(published)
     width, at = 0.8 / bars, np.arange(len(places))
     size = max(6.0, 1.2 * len(places) + 3), 4.2
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
     left = iter(at - 0.4 + width * (k + 0.5) for k in range(bars))
     more = itertools.cycle(MORE_COLOURS)
     for name in found["systems"]:
@@ -222,7 +224,6 @@ def chart(found: dict[str, Any], task: str, file: Path) -> None:
     figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     for ending in ("png", "svg"):
         figure.savefig(file.with_name(f"{file.name}.{ending}"), dpi=120)
-    plt.close(figure)
 
 
 def _plain(name: str) -> str:

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
-import metrics
-from metrics import METRICS, contains, exact_match, f1, ignores_prompt, wrong_script
-from suites import LANGUAGES, Example
+from evaluation import metrics
+from evaluation.metrics import METRICS, contains, exact_match, f1, ignores_prompt, wrong_script
+from evaluation.suites import LANGUAGES, Example
 
 EMOTIONS = ("Anger", "Joy", "Neutral", "Surprise")
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import connector
 import data
+import generate
 import llama
-import whisper
 
 SYSTEMS = ("untrained", "diva", "cascade", "text")
 ROUND = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -67,7 +67,7 @@ class Models:
 
     diva: connector.DiVA
     connectors: dict[str, connector.Connector]  # of the systems that answer from virtual tokens
-    asr: whisper.Transcriber
+    asr: generate.Transcriber
     chat: llama.Chat
 
     @staticmethod
@@ -76,7 +76,7 @@ class Models:
         dtype = connector.compute_dtype(jax.default_backend())
         asr_path, llm_path = connector.references(folder)
         diva = connector.DiVA.load(folder, dtype)
-        asr = whisper.Transcriber.load(asr_path, dtype=dtype)
+        asr = generate.Transcriber.load(asr_path, dtype=dtype)
         shared = eqx.tree_at(lambda model: model.encoder, asr.model, diva.encoder)
         asr = dataclasses.replace(asr, model=shared)  # one encoder in memory, not two
         queries = len(diva.connector.query_tokens)
@@ -234,7 +234,7 @@ class Responder:
             scores = label_scores(self.llm, embeds, lengths, jnp.asarray(ids), jnp.asarray(sizes))
             best = np.asarray(scores.argmax(-1))
             return [ask.labels[i] for ask, i in zip(asks, best, strict=True)]
-        tokens = llama.generate(
+        tokens = generate.generate(
             self.llm,
             embeds,
             lengths,

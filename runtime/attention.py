@@ -14,7 +14,7 @@ is used again and again: four times as fast. The backward pass is then by hand, 
 no scores either: from what was heard and each row's log-sum-exp it makes the shares anew (Dao et
 al. 2022, "FlashAttention", has the derivation).
 
-Reads: sharding.py.   Read next: whisper.py.
+Reads: sharding.py.   Read next: cost.py.
 """
 
 import functools
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-import sharding
+from runtime import sharding
 
 CACHED = 2**22  # elements: scores of all heads that a CPU can keep near
 IMPLEMENTATION = "xla"  # of JAX's own; "cudnn" is for NVIDIA's GPUs in bfloat16

@@ -12,11 +12,17 @@ import pytest
 import scipy.stats
 from sacrebleu.metrics import BLEU
 
-import metrics
-import significance
-from metrics import percent
-from significance import against_chance, bootstrap, by_sentence, compare, holm, permutation
-from suites import Example
+from evaluation import metrics, significance
+from evaluation.metrics import percent
+from evaluation.significance import (
+    against_chance,
+    bootstrap,
+    by_sentence,
+    compare,
+    holm,
+    permutation,
+)
+from evaluation.suites import Example
 
 
 def one_stratum(columns: np.ndarray, sentences) -> np.ndarray:

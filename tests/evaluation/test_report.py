@@ -12,21 +12,19 @@ import re
 import urllib.parse
 import urllib.request
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import soundfile
 from matplotlib.figure import Figure
 
 import eval as evaluation
-import report
-import significance
-import suites
-from systems import SYSTEMS
+from evaluation import report, significance, suites
+from evaluation.published import PUBLISHED, PUBLISHED_SYSTEMS
+from evaluation.systems import SYSTEMS
 
 YES_NO = ("Yes", "No")
 
@@ -35,15 +33,6 @@ YES_NO = ("Yes", "No")
 def few_resamples(monkeypatch) -> None:
     """How sure the scores are is of no account here."""
     monkeypatch.setattr(significance, "RESAMPLES", 200)
-
-
-@pytest.fixture(autouse=True)
-def no_figure_is_left() -> Iterator[None]:
-    """Not even of a chart that could not be drawn; for the next test there is none."""
-    yield
-    left = plt.get_fignums()
-    plt.close("all")
-    assert left == []
 
 
 class Evaluated(NamedTuple):
@@ -303,10 +292,10 @@ def test_published_scores_stand_apart_and_say_what_they_are():
     at = lines.index("") + 1
     assert lines[at].startswith("read off the published charts ")
     heads = [lines[at][34 + 16 * k :][:15].strip() for k in range(4)]
-    assert heads == list(suites.PUBLISHED_SYSTEMS)
+    assert heads == list(PUBLISHED_SYSTEMS)
     assert lines[-1].startswith("(pedant there: PANDA, an older classifier")
     shown = {line[:34].rstrip(): line[34:].split() for line in lines[at + 1 : -1]}
-    published = suites.PUBLISHED["sd_qa"]
+    published = PUBLISHED["sd_qa"]
     assert shown.keys() == {f"sd pedant {group}".rstrip() for group in published}
     for group, entries in published.items():
         scores = [f"{value:.1f}" for value in entries["pedant"].values()]
@@ -319,14 +308,15 @@ def test_published_scores_stand_apart_and_say_what_they_are():
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
-    """chart() that also returns the figure, as it was when it was closed."""
-    figures, close = [], plt.close
+    """chart() that also returns the figure that it drew."""
+    figures = []
 
-    def keep(figure):
-        figures.append(figure)
-        close(figure)
+    class Kept(Figure):
+        def __init__(self, **given):
+            super().__init__(**given)
+            figures.append(self)
 
-    monkeypatch.setattr(report.plt, "close", keep)
+    monkeypatch.setattr(report, "Figure", Kept)
 
     def draw(found: dict, task: str = "qa") -> Figure:
         report.chart(found, task, tmp_path / "qa")
@@ -432,15 +422,15 @@ def test_published_bars_are_hatched_and_say_so(drawn):
     del part["published"][""]["pedant"]["Qwen Audio"]
     figure = drawn(found)
     bars = bars_of(figure)
-    assert list(bars) == [*SYSTEMS, *(name + MARK for name in suites.PUBLISHED_SYSTEMS)]
-    for name in suites.PUBLISHED_SYSTEMS:
+    assert list(bars) == [*SYSTEMS, *(name + MARK for name in PUBLISHED_SYSTEMS)]
+    for name in PUBLISHED_SYSTEMS:
         kenya, usa, whole = bars[name + MARK]
-        scores = [entries["pedant"][name] for entries in (suites.PUBLISHED["sd_qa"]["usa"],)]
+        scores = [entries["pedant"][name] for entries in (PUBLISHED["sd_qa"]["usa"],)]
         assert np.isnan(kenya) and [usa] == scores
         if name == "Qwen Audio":
             assert np.isnan(whole)
         else:
-            assert whole == suites.PUBLISHED["sd_qa"][""]["pedant"][name]
+            assert whole == PUBLISHED["sd_qa"][""]["pedant"][name]
     boxes = [c for c in figure.axes[0].containers if hasattr(c, "patches")]
     assert len({bar.get_x() for box in boxes for bar in box.patches}) == 8 * 3
     for box in boxes:
@@ -462,8 +452,8 @@ def test_a_published_score_of_zero_is_no_missing_one(drawn):
     """DiVA's prompt_ignoring, in 50 answers that its authors read."""
     task = task_of([clip(0)], "prompt_ignoring", suite="heysquad")
     bars = bars_of(drawn(evaluated({"qa": task}).found))
-    published = [bars.get(name + MARK) for name in suites.PUBLISHED_SYSTEMS]
-    assert published == [[30], [4], [8], [0]]
+    drawn_too = [bars.get(name + MARK) for name in PUBLISHED_SYSTEMS]
+    assert drawn_too == [[30], [4], [8], [0]]
 
 
 def test_a_group_that_is_called_all_is_not_the_whole(drawn):

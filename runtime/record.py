@@ -8,7 +8,7 @@
 A folder may lie on a disk or in a bucket (gs://...). Of several processes the first one writes, but
 for checkpoints, to which each adds its part; all of them read, and stop together.
 
-Reads: cost.py, weights.py.   Read next: train.py.
+Reads: cost.py, files.py, sharding.py.   Read next: evaluation/suites.py.
 """
 
 import contextlib
@@ -17,34 +17,26 @@ import json
 import logging
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import cost
-import weights
+from runtime import command, cost, files, sharding
 
-matplotlib.use("Agg")
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it also raises
 
 # ---------------------------------------------------------------------------------------- the files
-
-
-def in_bucket(path: Path | epath.Path) -> bool:
-    """gs://... and the like, where there is no renaming and no appending."""
-    return "://" in str(path)
 
 
 def look_into(bucket: epath.Path) -> None:
@@ -60,22 +52,6 @@ def look_into(bucket: epath.Path) -> None:
         ) from error
 
 
-def write_text(file: Path | epath.Path, text: str) -> None:
-    """Whole or not at all: beside and then renamed; a bucket's objects are so by themselves."""
-    if in_bucket(file):
-        file.write_text(text, encoding="utf-8")
-        return
-    partial = file.parent / f"{file.name}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-ALONE = (
-    "another process has gone, or cannot be reached ({}). Start the same command again on all "
-    "hosts: the run goes on from its newest checkpoint."
-)
-
-
 @contextlib.contextmanager
 def writing(where: Any) -> Iterator[None]:
     """Turn what a full or read-only disk raises (tensorstore: a bare ValueError) into a message."""
@@ -84,7 +60,7 @@ def writing(where: Any) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1]
         if jax.process_count() > 1 and "barrier" in reason:  # where all wait for all
-            raise OSError(ALONE.format(reason)) from error
+            raise OSError(command.ALONE.format(reason)) from error
         raise OSError(
             f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
             "space or permit writing, then start the same command again; or choose another --out."
@@ -148,7 +124,7 @@ class Log:
         """Bring metrics.jsonl up to date: at each line shown, each checkpoint and the end."""
         if self.writes and self.changed:
             with writing(self.file):
-                write_text(self.file, "".join(line + "\n" for line in self.lines))
+                files.write_text(self.file, "".join(line + "\n" for line in self.lines))
         self.changed = False
 
     def close(self) -> None:
@@ -206,7 +182,8 @@ def plot(folder: epath.Path) -> epath.Path:
     """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = np.array([row["step"] for row in rows])
-    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
     titles = {
         "alignment": "token alignment: virtual tokens against transcript embeddings",
         "response": "response distillation: student's state against teacher's",
@@ -227,9 +204,19 @@ def plot(folder: epath.Path) -> epath.Path:
     panels[1].set_xlabel("step")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120)
-    plt.close(figure)
     (folder / "loss.png").write_bytes(drawn.getvalue())
     return folder / "loss.png"
+
+
+def profile(out: epath.Path, starts: bool) -> None:
+    """Begin to trace what host and devices do, or end it; to be opened with xprof or Perfetto."""
+    if starts:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # not each Python call of the threads that read clips
+        jax.profiler.start_trace(out / "profile", profiler_options=options)
+    else:
+        jax.profiler.stop_trace()
+        print(f"profile   {out / 'profile'}", flush=True)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -238,7 +225,7 @@ def plot(folder: epath.Path) -> epath.Path:
 def open_checkpoints(config: Any) -> ocp.CheckpointManager:
     """The run's checkpoints: written in the background, whole or absent, the newest kept."""
     out = epath.Path(config.out)
-    folder = (out if in_bucket(out) else out.resolve()) / "checkpoints"
+    folder = (out if files.in_bucket(out) else out.resolve()) / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
     with writing(folder):
         return ocp.CheckpointManager(folder, options=options)
@@ -268,6 +255,35 @@ def restore(manager: ocp.CheckpointManager, step: int, params: Any, opt_state: A
     return state["params"], state["opt_state"]
 
 
+def export(out: epath.Path, save_to: Callable[[str], None], names: tuple[str, ...]) -> None:
+    """Let `save_to(folder)` write the files `names`, into `out` or, if that is in a bucket, beside
+    and then there: safetensors writes to local files alone."""
+    with writing(out / names[-1]):
+        if not files.in_bucket(out):
+            save_to(str(out))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_to(folder)
+            for name in names:
+                (epath.Path(folder) / name).copy(out / name, overwrite=True)
+
+
+def claim_everywhere(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """`claim`, by process 0 for all: what it says or raises, all of them do."""
+    found = sharding.from_first(lambda: claim(file, ours, keep))
+    if not file.exists():
+        raise ValueError(
+            f"{file}: process {jax.process_index()} does not see what process 0 has written there; "
+            "expected one folder for all hosts. Choose a mounted or gs:// folder as --out."
+        )
+    if not keep and found != ours:
+        raise ValueError(
+            f"{file}: {ours} in process {jax.process_index()}, {found} in process 0; expected the "
+            "same on every host: the same flags, and the same clips (copied anew, or mounted)."
+        )
+    return found
+
+
 def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
     """Write down what this run is; or, where it is written already, see that it is the same run.
 
@@ -275,7 +291,7 @@ def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[st
     Raises ValueError naming every difference, OSError if the folder cannot be written.
     """
     if file.is_file():
-        theirs = weights.read_json(file)
+        theirs = files.read_json(file)
         if keep:
             return theirs
         changed = [
@@ -291,7 +307,7 @@ def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[st
         return theirs
     with writing(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(ours, indent=2) + "\n")
+        files.write_text(file, json.dumps(ours, indent=2) + "\n")
     return ours
 
 

@@ -94,6 +94,12 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows of a batch become part of the global, split batch."""
+    where = NamedSharding(mesh, P(AXES))
+    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+
+
 # ------------------------------------- inside the step, where use_abstract_mesh names the mesh
 
 

@@ -21,10 +21,11 @@ from scipy.special import log_softmax
 
 import connector
 import data
+import generate
 import llama
-import systems
 import whisper
-from systems import SYSTEMS, Ask, Models, Question, Responder
+from evaluation import systems
+from evaluation.systems import SYSTEMS, Ask, Models, Question, Responder
 
 ROOM = universe.LLAMA.max_position_embeddings
 EVERY = set(SYSTEMS)
@@ -291,7 +292,7 @@ def test_whole_labels_may_begin_alike_and_go_on_from_one_another(models, oracle)
 
 def test_the_labels_of_the_toy_are_told_apart_by_its_tokenizer():
     """By the token that the label itself begins with."""
-    toy = Path(__file__).parents[1] / "toy"
+    toy = Path(__file__).parents[2] / "toy"
     entry = json.loads((toy / "tasks/tasks.json").read_text())["emotion"]
     chat = llama.Chat.load(toy / "llama")
     found = systems.label_tokens(chat, Ask(entry["prompt"], tuple(entry["labels"])))
@@ -774,6 +775,6 @@ def test_few_lengths_are_compiled_for_texts_of_all_lengths(models):
     responder = Responder(models.diva.llm, models.chat, {SAY}, 2)
     wrap = sum(map(len, models.chat.wrap(SAY.prompt)))
     assert (5 + wrap, 34 + wrap) == (19, 48)
-    llama.generate.clear_cache()
+    generate.generate.clear_cache()
     assert sum(len(batch) for batch in responder.texts([(SAY, text) for text in texts])) == 30
-    assert llama.generate._cache_size() == 2
+    assert generate.generate._cache_size() == 2

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-import suites
-from suites import Example
+from evaluation import published, suites
+from evaluation.suites import Example
+from evaluation.unpack import read_pickle
 
 
 def voice(number: int, kind: str) -> bytes:
     """A clip of the toy universe, in another format."""
-    clips = Path(suites.__file__).parent / "toy/common_voice/en/clips"
+    clips = Path(suites.__file__).parents[1] / "toy/common_voice/en/clips"
     samples, rate = soundfile.read(clips / f"toy_en_test_{number:05d}.opus")
     stream = io.BytesIO()
     soundfile.write(stream, samples, rate, format=kind)
@@ -735,10 +736,10 @@ def test_arrays_survive_every_protocol_of_pickle(tmp_path, protocol):
     }
     expected = {key: [*value] for key, value in content.items()}
     file = save(tmp_path / "new.pkl", content, protocol)
-    assert suites._unpickle(file) == expected
+    assert read_pickle(file) == expected
     if protocol < 4:  # names are not preceded by their lengths
         old = put(tmp_path / "old.pkl", file.read_bytes().replace(b"numpy._core", b"numpy.core"))
-        assert suites._unpickle(old) == expected
+        assert read_pickle(old) == expected
 
 
 def test_a_pickle_of_python_2_is_read(tmp_path):
@@ -748,7 +749,7 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
     file = put(
         tmp_path / "a.pkl", b"(dS'id'\n" + array + dtype + rb"S'\x01\x00\xff\x00'" + b"\ntbs."
     )
-    assert suites._unpickle(file) == {"id": [1, 255]}
+    assert read_pickle(file) == {"id": [1, 255]}
 
 
 class Call:
@@ -794,7 +795,7 @@ def test_bytes_do_not_become_pointers(tmp_path):
     """numpy takes bytes for an array of objects if asked to: reading that follows any address."""
     wild = b"\x41" * 8
     ask = Call(np.ndarray, (1,), np.dtype(object), wild)
-    assert suites._unpickle(save(tmp_path / "a.pkl", {"x": ask})) == {"x": []}
+    assert read_pickle(save(tmp_path / "a.pkl", {"x": ask})) == {"x": []}
     for dtype in ("O", "V8", [("x", "O")]):
         state = (1, (1,), np.dtype(dtype), False, wild)
 
@@ -803,7 +804,7 @@ def test_bytes_do_not_become_pointers(tmp_path):
                 return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
 
         file = save(tmp_path / "b.pkl", {"x": Array(None)})
-        refused(ValueError, partial(suites._unpickle, file), file, "numpy's dtype")
+        refused(ValueError, partial(read_pickle, file), file, "numpy's dtype")
 
 
 def test_a_damaged_pickle_is_refused_wherever_it_is_cut(ur_funny):
@@ -811,18 +812,18 @@ def test_a_damaged_pickle_is_refused_wherever_it_is_cut(ur_funny):
     file = ur_funny / "cut.pkl"
     for end in range(0, len(whole) - 1, 7):
         put(file, whole[:end])
-        refused(ValueError, partial(suites._unpickle, file), f"{file}: refused")
+        refused(ValueError, partial(read_pickle, file), f"{file}: refused")
     rng = np.random.default_rng(0)
     for _ in range(200):
         noisy = bytearray(whole)
         noisy[rng.integers(len(noisy))] = rng.integers(256)
         put(file, bytes(noisy))
         try:
-            suites._unpickle(file)
+            read_pickle(file)
         except ValueError as error:
             assert str(file) in str(error)
     save(file, [1, 2])
-    refused(ValueError, partial(suites._unpickle, file), f"{file}: refused")
+    refused(ValueError, partial(read_pickle, file), f"{file}: refused")
 
 
 def test_ur_funny_with_unknown_splits_or_labels_is_refused(ur_funny):
@@ -939,14 +940,14 @@ def test_every_suite_has_metrics_and_labels_where_it_chooses_among_them():
 def test_what_was_published_is_of_these_suites_metrics_and_groups():
     """Every figure has its place beside one of ours; the means are those of the charts."""
     groups = {"sd_qa": suites.DIALECTS, "covost": suites.PAPER_LANGUAGES}
-    for name, parts in suites.PUBLISHED.items():
+    for name, parts in published.PUBLISHED.items():
         assert {*parts} <= {"", *groups.get(name, ())}, name
         for metrics in parts.values():
             assert {*metrics} <= {*suites.SUITES[name].metrics}, name
             for scores in metrics.values():
-                assert [*scores] == [*suites.PUBLISHED_SYSTEMS]
+                assert [*scores] == [*published.PUBLISHED_SYSTEMS]
     for name, metric in (("sd_qa", "pedant"), ("covost", "bleu")):
-        parts = suites.PUBLISHED[name]
+        parts = published.PUBLISHED[name]
         for system, mean in parts[""][metric].items():
             bars = [parts[group][metric][system] for group in parts if group]
             assert np.mean(bars) == pytest.approx(mean, abs=0.3), (name, system)

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cost
 import llama
-import sharding
 import train
 import weights
 import whisper
+from runtime import compiling, cost, sharding
 
 ASR = whisper.WhisperConfig(
     d_model=32,
@@ -59,7 +58,7 @@ def abstract_step(batch_size: int, devices: int) -> tuple[train.Config, tuple, d
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = train.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
-    state = train.abstract_state(config, ASR, LLM, mesh)
+    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
     return config, state, train.abstract_batch(config, ASR.window_samples, TEXT, mesh)
 
 
@@ -213,9 +212,9 @@ def test_a_slice_that_cannot_be_compiled_for_is_a_message(name, reason, monkeypa
     """One line: what was asked for, the compiler's reason, and what to write or install instead."""
     asked = []
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(cost.topologies, "get_topology_desc", refuse(reason, asked))
+    monkeypatch.setattr(compiling.topologies, "get_topology_desc", refuse(reason, asked))
     with pytest.raises(ValueError) as error:
-        cost.slice_of(name)
+        compiling.slice_of(name)
     message = str(error.value)
     assert message.startswith(f"--compile-only {name}: no such slice ({reason.splitlines()[0]})")
     assert "such as v4:4x4x8" in message and message.endswith("pip install '.[tpu]'.")
@@ -228,9 +227,9 @@ def test_a_slice_that_cannot_be_compiled_for_is_a_message(name, reason, monkeypa
 def test_a_slice_of_chips_without_figures_is_a_message(monkeypatch):
     found = types.SimpleNamespace(devices=[types.SimpleNamespace(device_kind="TPU v3")])
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(cost.topologies, "get_topology_desc", lambda **_: found)
+    monkeypatch.setattr(compiling.topologies, "get_topology_desc", lambda **_: found)
     with pytest.raises(ValueError, match=r"v3:2x2.*of a TPU v3 are not known.*TPU v4, TPU v5 lite"):
-        cost.slice_of("v3:2x2")
+        compiling.slice_of("v3:2x2")
 
 
 # ------------------------------------------------------------------------------ programs, by hand
@@ -241,17 +240,17 @@ def memory(**sizes: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{f"{n}_size_in_bytes": sizes.get(n, 0) for n in names})
 
 
-def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> cost.Program:
-    """What cost.Program makes of a compiled program that prints as `text`."""
+def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> compiling.Program:
+    """What compiling.Program makes of a compiled program that prints as `text`."""
     compiled = types.SimpleNamespace(
         as_text=lambda: text,
         memory_analysis=lambda: memory(**sizes),
         cost_analysis=lambda: {"flops": once},
     )
-    return cost.Program(compiled, chips)
+    return compiling.Program(compiled, chips)
 
 
-def entry(*lines: str, chips: int = 8) -> cost.Program:
+def entry(*lines: str, chips: int = 8) -> compiling.Program:
     body = "\n".join(f"  {line}" for line in lines)
     return program(
         f"HloModule by_hand\n\nENTRY %main (p: f32[2]) -> f32[2] {{\n{body}\n}}\n", chips
@@ -321,7 +320,9 @@ def test_loops_count_as_often_as_they_turn():
     found = program(LOOPS, once=7.0)
     assert found.flops == (5 * 3 + 1) * 2 * (4 * 8 * 8)
     size = 8.0 * 8 * 4
-    assert found.collectives == {"all-reduce": cost.Collective(5, 5 * size, 5 * size)}  # 2 (2-1)/2
+    assert found.collectives == {
+        "all-reduce": compiling.Collective(5, 5 * size, 5 * size)
+    }  # 2 (2-1)/2
     assert found.counted_once == 7.0
 
 
@@ -451,7 +452,7 @@ def test_the_chips_that_take_part_in_a_collective(groups, chips):
     """In each of the forms in which HLO lists them; all of them where none are listed."""
     found = entry("%p = bf16[1,16]{1,0} parameter(0)", GATHER.format(n=1, groups=groups))
     size = 8.0 * 16 * 2
-    expected = cost.Collective(1, size, size * (chips - 1) / chips)
+    expected = compiling.Collective(1, size, size * (chips - 1) / chips)
     assert found.collectives == {"all-gather": expected}
 
 
@@ -482,11 +483,11 @@ def test_every_kind_of_collective():
     p, q = 4.0 * 16 * 4, 16.0 * 16 * 2
     gathered = 4 * p + 4 * p + (4 * p + 4 * q) + 8 * 16 * 2
     assert dict(found) == {
-        "all-gather": cost.Collective(4, gathered, gathered * 3 / 4),
-        "all-reduce": cost.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
-        "reduce-scatter": cost.Collective(1, q, q * 3 / 4),
-        "all-to-all": cost.Collective(1, p / 2, p / 2 * 3 / 4),
-        "collective-permute": cost.Collective(1, p, p),
+        "all-gather": compiling.Collective(4, gathered, gathered * 3 / 4),
+        "all-reduce": compiling.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
+        "reduce-scatter": compiling.Collective(1, q, q * 3 / 4),
+        "all-to-all": compiling.Collective(1, p / 2, p / 2 * 3 / 4),
+        "collective-permute": compiling.Collective(1, p, p),
     }
 
 
@@ -513,7 +514,7 @@ def test_a_compiled_function_is_read_as_what_it_does():
         return jax.lax.scan(layer, x, stack)[0]
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 96, 64), (5, 64, 64))]
-    found = cost.Program(jax.jit(run).lower(*shapes).compile(), 1)
+    found = compiling.Program(jax.jit(run).lower(*shapes).compile(), 1)
     one = 3 * (2 * 96 * 64 * 64) + 2 * (2 * 96 * 96 * 64)
     assert found.flops == 5 * 2 * one
     assert found.counted_once < found.flops / 3 and not found.collectives
@@ -560,7 +561,7 @@ def bytes_gathered(diva, small: int, size: int, way: str) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_compiled_step_does_the_products_by_hand_and_no_other(compiled, way):
     """But for those at the ends of the convolutions, which meet nothing."""
-    found = cost.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
+    found = compiling.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
     by_hand = sum(cost.flops(ASR, LLM, QUERIES, TURN, TEXT).values())
     ends = 2 * ASR.d_model * (2 * ASR.num_mel_bins + ASR.d_model)
     expected = by_hand + computed_again(ASR, LLM, QUERIES, way) + mel_products(ASR) - ends
@@ -572,7 +573,7 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
     """What is gathered are the weights, as often as they are needed, and token ids; what goes from
     all to all are the rows of the token table; what is summed are gradients."""
     (params, _, frozen), programs = compiled
-    found = cost.Program(programs[way], DEVICES).collectives
+    found = compiling.Program(programs[way], DEVICES).collectives
     ids = BATCH * (TEXT + TURN + TEXT) * 4
     expected = bytes_gathered(eqx.combine(params, frozen.diva), SMALL, 4, way) + ids
     assert found["all-gather"].bytes == expected  # no clip's frames for a Fourier transform, either
@@ -614,7 +615,7 @@ def needing(**sizes: int) -> dict:
 def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
     """Really compiled: attention where that fits, layers where only they do; a wish is obeyed."""
     programs, auto = compiled[1], train.Config(batch_size=BATCH)
-    needed = {way: cost.bytes_needed(programs[way].memory_analysis()) for way in WAYS}
+    needed = {way: compiling.bytes_needed(programs[way].memory_analysis()) for way in WAYS}
     assert needed["layers"] < needed["attention"]
     for room, way in ((needed["attention"], "attention"), (needed["attention"] - 1, "layers")):
         assert choose(monkeypatch, programs, auto, room) == (programs[way], way)
@@ -672,7 +673,7 @@ def test_the_compilers_own_refusal_is_understood(monkeypatch):
 def test_bytes_needed():
     """Arguments, outputs that do not take their place, temporaries and the program itself."""
     sizes = memory(argument=1000, output=300, alias=200, temp=50, generated_code=7)
-    assert cost.bytes_needed(sizes) == 1000 + 300 - 200 + 50 + 7
+    assert compiling.bytes_needed(sizes) == 1000 + 300 - 200 + 50 + 7
 
 
 def test_the_report_by_hand():
@@ -689,7 +690,7 @@ def test_the_report_by_hand():
     step = program(text, chips=4, once=2e12, **sizes)
     chip = cost.Chip(flops=1e13, memory=16.0 * gib, bandwidth=1e12, links=2e9)
     parts = {"encoder": 0.4e12, "teacher": 0.6e12}  # 1 TFLOP a clip, of 4 on a chip
-    report = cost.report(step, parts, 0.25e12, chip, 16, 100)
+    report = compiling.report(step, parts, 0.25e12, chip, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}
     assert rows["arguments"] == ["6.00", "GiB"] and rows["outputs"] == ["2.00", "GiB"]
     assert rows["of these in place of arguments"] == ["-1.00", "GiB"]
@@ -710,7 +711,7 @@ def test_the_report_by_hand():
     assert rows["at 100 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
     assert rows["at 40 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
     fast = dataclasses.replace(chip, links=2e11)
-    report = cost.report(step, parts, 0.25e12, fast, 16, 100)
+    report = compiling.report(step, parts, 0.25e12, fast, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}
     assert rows["links"] == ["0.030"] and rows["at 100 % of peak"][0] == "0.500"
     assert rows["at 40 % of peak"] == ["1.250", *"100 steps in 2 min, 13 clips/s".split()]

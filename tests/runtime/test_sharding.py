@@ -21,10 +21,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-import cost
-import sharding
 import weights
 import whisper
+from runtime import compiling, sharding
 
 N, B, D, WIDE = 3, 16, 32, 64  # layers, clips, width, inner width
 BY_CLIP = P(sharding.AXES)
@@ -218,7 +217,7 @@ def test_lookup_finds_the_rows_and_only_they_travel(fsdp):
     assert laid_out(found, mesh, BY_CLIP)
     np.testing.assert_array_equal(found, table[ids])
     np.testing.assert_array_equal(jax.jit(sharding.lookup)(table, ids), table[ids])
-    travelled = cost.Program(look_up.lower(piece, clips).compile(), 8).collectives.values()
+    travelled = compiling.Program(look_up.lower(piece, clips).compile(), 8).collectives.values()
     rows = found.nbytes + ids.nbytes
     assert 0 < sum(c.bytes for c in travelled) <= rows < table.nbytes / 50
 
@@ -329,8 +328,13 @@ def test_nothing_gathered_is_kept_for_the_backward_pass(recompute):
     loops = [
         e for e in equations(gradient_jaxpr(recompute, jnp.bfloat16)) if "scan" in str(e.primitive)
     ]
-    forward, backward = (
-        [v.aval for v in loop.outvars[loop.params["num_carry"] :]] for loop in loops
+    forward, backward = (  # what a loop writes for each layer has an axis more than in its body
+        [
+            outside.aval
+            for outside, inside in zip(loop.outvars, loop.params["jaxpr"].out_avals, strict=True)
+            if outside.aval.shape != inside.shape
+        ]
+        for loop in loops
     )
     kept = {"inputs": (N, B, 11, D)} | (
         {"up": (N, B, 11, WIDE)} if recompute == "attention" else {}
@@ -363,7 +367,7 @@ def test_only_weights_travel_and_twice(fsdp, recompute):
         for dims in re.findall(r"f32\[([\d,]*)\]", shape)
     )
     assert {size for _, size in sizes} <= {D * WIDE, D * WIDE // fsdp, D}, sizes
-    gathers = cost.Program(compiled, 8).collectives["all-gather"]
+    gathers = compiling.Program(compiled, 8).collectives["all-gather"]
     stacks = model.layers.up.nbytes + model.layers.down.nbytes
     assert (gathers.count, gathers.bytes) == (2 * 2 * N, 2 * stacks)
     assert gathers.travel == 2 * stacks * (fsdp - 1) / fsdp
@@ -420,7 +424,7 @@ def test_a_cluster_half_described_is_a_message():
     """JAX itself is asked, in a process of its own: alone where nothing is said; else ValueError
     with what is missing, and what to do. Nothing is connected to."""
     code = (
-        "import os, sharding\n"
+        "import os\nfrom runtime import sharding\n"
         "for given in ({}, {'NUM_PROCESSES': '2'}, {'COORDINATOR_ADDRESS': '127.0.0.1:1'},\n"
         "              {'COORDINATOR_ADDRESS': '127.0.0.1:1', 'NUM_PROCESSES': '2'}):\n"
         "    os.environ.update({'JAX_' + name: value for name, value in given.items()})\n"
@@ -431,7 +435,7 @@ def test_a_cluster_half_described_is_a_message():
         "    for name in given:\n"
         "        del os.environ['JAX_' + name]\n"
     )
-    root = Path(sharding.__file__).parent
+    root = Path(sharding.__file__).parents[1]
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     alone = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}  # on a TPU's host as well
     done = subprocess.run(

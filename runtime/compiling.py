@@ -1,58 +1,84 @@
-"""Cost: what one training step takes. FLOPs by hand, what the compiler made of it, and the chip.
+"""Compiling: the step made for chips that are here, or for a slice of TPUs that is not.
 
-    flops(sizes)        -> products of one clip, part by part, each line beside the layer it counts
-    Program(compiled)   -> what the compiled step really does: FLOPs, collectives, memory
-    CHIPS               -> peak FLOP/s, memory and links of the chips it may run on
+    fit(lower, ...)     -> the compiled step that recomputes as little as fits into memory
+    Program(compiled)   -> what it really does: FLOPs, collectives, memory
+    for_slice(...)      -> the same step for a slice of TPUs, from shapes alone
 
-`python train.py --preset diva-8b --compile-only v4:4x4x8` brings the three together on any machine
-with the `tpu` extra: XLA compiles for a slice of TPUs from shapes alone, without one TPU at hand.
+`python train.py --preset diva-8b --compile-only v4:4x4x8` prints the report of the last on any
+machine with the `tpu` extra, without one TPU at hand.
 
-1 product = 1 multiply-add = 2 FLOPs. Peaks are those of dense bfloat16.
-
-Axes: F mel frames, T encoder positions, Q queries, D width of Whisper, E width of the LLM.
-Reads: whisper.py, llama.py, weights.py.   Read next: record.py.
+Reads: cost.py, sharding.py, whisper.py, llama.py.   Read next: record.py.
 """
 
 import dataclasses
 import math
 import os
 import re
+import time
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 import llama
-import weights
 import whisper
+from runtime import cost, sharding
 
-# ---------------------------------------------------------------------------------------- the chips
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One accelerator, by its maker's figures."""
-
-    flops: float  # dense bfloat16, a second
-    memory: float  # bytes of HBM
-    bandwidth: float  # bytes of HBM a second
-    links: float  # bytes a second that all its links to other chips bring in together
+# ---------------------------------------------------------------------------- as little as fits
 
 
-GIB, TERA = 2.0**30, 1e12
-CHIPS = {  # by jax.Device.device_kind
-    "TPU v4": Chip(275 * TERA, 32 * GIB, 1.2 * TERA, 0.3 * TERA),
-    "TPU v5 lite": Chip(197 * TERA, 16 * GIB, 0.82 * TERA, 0.2 * TERA),
-    "TPU v5": Chip(459 * TERA, 95 * GIB, 2.77 * TERA, 0.6 * TERA),
-    "TPU v6 lite": Chip(918 * TERA, 32 * GIB, 1.64 * TERA, 0.4 * TERA),
-    "NVIDIA A100-SXM4-40GB": Chip(312 * TERA, 40 * GIB, 1.56 * TERA, 0.3 * TERA),
-    "NVIDIA A100-SXM4-80GB": Chip(312 * TERA, 80 * GIB, 2.04 * TERA, 0.3 * TERA),
-    "NVIDIA H100 80GB HBM3": Chip(989 * TERA, 80 * GIB, 3.35 * TERA, 0.45 * TERA),
-    "NVIDIA H200": Chip(989 * TERA, 141e9, 4.8 * TERA, 0.45 * TERA),
-}
-SHARE = 0.4  # of peak: what a well-fed transformer of this size reaches in practice
+def room_here() -> float:
+    """Bytes of memory of one device of this process; infinite where it does not say."""
+    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
+
+
+def fit(
+    lower: Callable[[sharding.Recompute], Any], config: Any, mesh: Mesh, room: float, held: Any
+) -> tuple[Any, sharding.Recompute]:
+    """The compiled step, and what its backward pass recomputes: as little as fits.
+
+    Args:
+        lower: the step, lowered with what shall be recomputed.
+        config: its batch_size and recompute are asked for.
+        room: bytes of memory of one device.
+        held: arrays or shapes that the step is given.
+
+    Raises ValueError if it does not fit.
+    """
+    ways = ("attention", "layers") if config.recompute == "auto" else (config.recompute,)
+    for recompute in ways:
+        try:
+            compiled = lower(recompute).compile()
+        except jax.errors.JaxRuntimeError as error:  # TPUs refuse what they cannot hold
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            used = re.search(r"(?:Used |temporaries \()([\d.]+)G", str(error))
+            needed = float(used[1]) * cost.GIB if used else math.inf
+        else:
+            needed = bytes_needed(compiled.memory_analysis())
+        if needed <= room:
+            return compiled, recompute
+    fixed = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(held)
+    )
+    clips = config.batch_size // mesh.size
+    # all but the arguments grows with the clips
+    fitting = max(0, int(clips * (room - fixed) / (needed - fixed)))
+    advice = f"--batch-size {fitting * mesh.size} might fit, or more devices"
+    wanted = cost.gib(needed) if needed < math.inf else "more"
+    raise ValueError(
+        f"the step needs {wanted} on each device, which holds {cost.gib(room)} "
+        f"({clips} clips on each of {mesh.size}, recomputing {recompute}). Expected it to fit: "
+        + (advice if fitting else "take more devices or a smaller preset")
+        + ("; so might --recompute layers." if recompute == "attention" else ".")
+    )
+
+
+# ------------------------------------------------------------------ for a slice that is not here
 
 
 def slice_of(name: str) -> list[jax.Device]:
@@ -80,122 +106,12 @@ def slice_of(name: str) -> list[jax.Device]:
             "and its chips along each axis, such as v4:4x4x8, v5p:4x4x4, v5e:8x8 or v6e:8x8, and "
             "the compiler: pip install '.[tpu]'."
         ) from error
-    if found[0].device_kind not in CHIPS:
+    if found[0].device_kind not in cost.CHIPS:
         raise ValueError(
             f"--compile-only {name}: the memory and speed of a {found[0].device_kind} are not "
-            f"known. Expected one of {', '.join(CHIPS)}: add it to CHIPS in cost.py."
+            f"known. Expected one of {', '.join(cost.CHIPS)}: add it to CHIPS in cost.py."
         )
     return found
-
-
-# Sizes of the presets' models, under the names of their config.json: enough to compile for a slice.
-_LLAMA_3 = dict(
-    vocab_size=128_256,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=131_072,
-    num_key_value_heads=8,
-    head_dim=128,
-    rope_theta=500_000.0,
-)
-PUBLISHED = {
-    "openai/whisper-large-v3": whisper.WhisperConfig(
-        d_model=1280,
-        encoder_layers=32,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        decoder_layers=32,
-        decoder_attention_heads=20,
-        decoder_ffn_dim=5120,
-        num_mel_bins=128,
-        max_source_positions=1500,
-        max_target_positions=448,
-        vocab_size=51_866,
-        decoder_start_token_id=50_258,
-        eos_token_id=50_257,
-    ),
-    "meta-llama/Llama-3.2-1B-Instruct": llama.LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        tie_word_embeddings=True,
-        **_LLAMA_3 | dict(head_dim=64),
-    ),
-    "meta-llama/Llama-3.2-3B-Instruct": llama.LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        tie_word_embeddings=True,
-        **_LLAMA_3,
-    ),
-    "meta-llama/Llama-3.1-8B-Instruct": llama.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        **_LLAMA_3,
-    ),
-}
-
-
-def sizes_of(cls: type, path_or_repo: str) -> Any:
-    """The sizes of a preset's model, or those in the config.json of a folder or another repo."""
-    if path_or_repo in PUBLISHED:
-        return PUBLISHED[path_or_repo]
-    return weights.read_config(cls, weights.resolve(path_or_repo))
-
-
-# A user's turn of Llama 3.1 and 3.2 with its dated system header; Common Voice's longest English
-# transcripts. Used where there is no tokenizer and no corpus to ask.
-PREFIX, SUFFIX, TEXT = 31, 5, 64
-MEAN_TEXT = 14  # tokens of its average transcript
-
-# ------------------------------------------------------------------------------- products, by hand
-
-
-def flops(
-    asr: whisper.WhisperConfig, llm: llama.LlamaConfig, queries: int, turn: int, text: int
-) -> dict[str, float]:
-    """FLOPs of one clip in one training step: nothing computed twice, gradients where needed.
-
-    Args:
-        queries: Q, virtual tokens.
-        turn: positions of the template around the user's words, P + R.
-        text: positions that the transcript is padded to, L.
-    """
-    d, t, q = asr.d_model, asr.max_source_positions, queries
-    frames = t * whisper.FRAMES_PER_POSITION
-    conv = 3 * d * (frames * asr.num_mel_bins + t * d)  # kernel 3; the second has stride 2
-    heard = 4 * t * d * d + 2 * t * t * d + 2 * t * d * asr.encoder_ffn_dim
-    encoder = conv + asr.encoder_layers * heard  # q k v out; scores and sums; fc1 and fc2
-
-    # Behind y = x W the backward pass takes a product for x and, if W is trained, one for W.
-    by_queries = 4 * q * d * d + 2 * q * d * d + 2 * q * d * asr.decoder_ffn_dim
-    by_states = 2 * t * d * d  # keys and values of the cross-attention: no gradient to the states
-    attention = 2 * q * q * d + 2 * q * t * d
-    project = q * d * llm.hidden_size
-    layers = asr.decoder_layers
-    forward = layers * (by_queries + by_states + attention) + project
-    backward = layers * (2 * by_queries + by_states + 2 * attention) + 2 * project
-
-    wide, narrow = (h * llm.head_width for h in (llm.num_attention_heads, llm.key_value_heads))
-    one = 2 * llm.hidden_size * (wide + narrow) + 3 * llm.hidden_size * llm.intermediate_size
-
-    def through(positions: int) -> int:  # the LLM, forward
-        return llm.num_hidden_layers * (positions * one + 2 * positions**2 * wide)
-
-    products = {
-        "encoder": encoder,
-        "connector forward": forward,
-        "connector backward": backward,
-        "student forward": through(queries + turn),
-        "student backward": through(queries + turn),  # frozen: for x alone; attention below
-        "teacher": through(turn + text),
-    }
-    # The backward pass of attention takes two products for each of its two.
-    products["student backward"] += llm.num_hidden_layers * 2 * (queries + turn) ** 2 * wide
-    return {name: 2.0 * count for name, count in products.items()}
 
 
 # ------------------------------------------------------------------------- what the compiler made
@@ -358,11 +274,6 @@ def _convolution(out: str, left: str, right: str, rest: str) -> float:
 # -------------------------------------------------------------------------------------- the report
 
 
-def gib(size: float | int) -> str:
-    """Bytes, for people."""
-    return f"{size / GIB:.2f} GiB"
-
-
 def bytes_needed(memory: Any) -> int:
     """What a compiled program holds on one device at its fullest, arguments included."""
     return (
@@ -374,9 +285,9 @@ def bytes_needed(memory: Any) -> int:
     )
 
 
-def step_times(program: Program, chip: Chip) -> tuple[dict[str, float], float, float]:
+def step_times(program: Program, chip: cost.Chip) -> tuple[dict[str, float], float, float]:
     """Seconds that one step takes at least for products, memory and links; at 100 % of peak, where
-    all three go on at the same time; and at SHARE of it."""
+    all three go on at the same time; and at cost.SHARE of it."""
     sent = sum(c.travel for c in program.collectives.values())
     whole = sum(c.bytes for c in program.collectives.values())
     # At least: what is gathered and what is kept for the backward pass, written and read once each.
@@ -387,11 +298,16 @@ def step_times(program: Program, chip: Chip) -> tuple[dict[str, float], float, f
         "links": sent / chip.links,
     }
     roof = max(bounds.values())
-    return bounds, roof, max(roof, bounds["products"] / SHARE)
+    return bounds, roof, max(roof, bounds["products"] / cost.SHARE)
 
 
 def report(
-    program: Program, parts: dict[str, float], padding: float, chip: Chip, clips: int, steps: int
+    program: Program,
+    parts: dict[str, float],
+    padding: float,
+    chip: cost.Chip,
+    clips: int,
+    steps: int,
 ) -> str:
     """What --compile-only prints.
 
@@ -404,6 +320,7 @@ def report(
     """
     memory, chips = program.memory, program.chips
     by_hand, compiled = sum(parts.values()), program.flops * chips / clips
+    once = program.counted_once * chips / clips
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -412,25 +329,75 @@ def report(
         "program": memory.generated_code_size_in_bytes,
     }
     lines = ["memory of one chip"]
-    lines += [f"  {name:32}{gib(size):>12}" for name, size in sizes.items()]
-    lines += [f"  {'in all':32}{gib(bytes_needed(memory)):>12} of {gib(chip.memory)}"]
+    lines += [f"  {name:32}{cost.gib(size):>12}" for name, size in sizes.items()]
+    lines += [f"  {'in all':32}{cost.gib(bytes_needed(memory)):>12} of {cost.gib(chip.memory)}"]
     lines += ["", f"{'collectives of one step':34}{'count':>8}{'GB whole':>12}{'GB a chip':>12}"]
     for name, c in sorted(program.collectives.items()):
         lines += [f"  {name:32}{c.count:8}{c.bytes / 1e9:12.3f}{c.travel / 1e9:12.3f}"]
     lines += ["", f"{'work on one clip':34}{'TFLOP':>12}"]
-    lines += [f"  {name:32}{count / TERA:12.2f}" for name, count in parts.items()]
+    lines += [f"  {name:32}{count / cost.TERA:12.2f}" for name, count in parts.items()]
     lines += [
-        f"  {'by hand':32}{by_hand / TERA:12.2f}",
-        f"  {'compiled program':32}{compiled / TERA:12.2f}"
+        f"  {'by hand':32}{by_hand / cost.TERA:12.2f}",
+        f"  {'compiled program':32}{compiled / cost.TERA:12.2f}"
         f"   computed twice {1 - by_hand / compiled:.1%}, padded text {padding / compiled:.1%}",
-        f"  {'XLA, each loop counted once':32}{program.counted_once * chips / clips / TERA:12.2f}",
+        f"  {'XLA, each loop counted once':32}{once / cost.TERA:12.2f}",
     ]
     bounds, roof, fair = step_times(program, chip)
     lines += ["", f"{'time of one step, at least':34}{'s':>12}"]
     lines += [f"  {name:32}{seconds:12.3f}" for name, seconds in bounds.items()]
-    for share, seconds in ((1, roof), (SHARE, fair)):
+    for share, seconds in ((1, roof), (cost.SHARE, fair)):
         lines += [
             f"  {f'at {100 * share:.0f} % of peak':32}{seconds:12.3f}   {steps} steps in "
             f"{steps * seconds / 60:.0f} min, {clips / seconds:.0f} clips/s"
         ]
     return "\n".join(lines)
+
+
+class SliceProgram(NamedTuple):
+    """The step as it would run on a slice of TPUs."""
+
+    devices: list[jax.Device]
+    mesh: Mesh
+    recompute: sharding.Recompute
+    seconds: float  # that compiling took
+    program: Program
+    parts: dict[str, float]  # FLOPs of one clip, by hand
+    padding: float  # those of them that are spent on padded text
+
+
+def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) -> SliceProgram:
+    """train.py's step for the slice that its `--compile-only` names, from shapes alone.
+
+    `abstract_inputs` and `compile_step` are train.py's. Raises ValueError.
+    """
+    jax.config.update("jax_platforms", "cpu")  # where the compiler runs
+    devices = slice_of(config.compile_only)
+    mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
+    asr = cost.sizes_of(whisper.WhisperConfig, config.whisper)
+    llm = cost.sizes_of(llama.LlamaConfig, config.llm)
+    state, batch = abstract_inputs(config, asr, llm, mesh)
+    began, room = time.perf_counter(), cost.CHIPS[devices[0].device_kind].memory
+    compiled, recompute = compile_step(config, mesh, room, state, batch)
+    seconds = time.perf_counter() - began
+    queries, turn = config.queries or asr.max_target_positions, cost.PREFIX + cost.SUFFIX
+    text = batch["ids"].shape[1]
+    parts, short = (
+        cost.flops(asr, llm, queries, turn, length) for length in (text, min(cost.MEAN_TEXT, text))
+    )
+    padding = parts["teacher"] - short["teacher"]
+    program = Program(compiled, len(devices))
+    return SliceProgram(devices, mesh, recompute, seconds, program, parts, padding)
+
+
+def slice_report(config: Any, found: SliceProgram) -> str:
+    """What the step would take on the slice of TPUs that `--compile-only` names."""
+    kind, mesh = found.devices[0].device_kind, found.mesh
+    return (
+        f"{config.preset} on {config.compile_only}: {mesh.size} x {kind}, mesh "
+        f"{mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp, {config.batch_size} clips\n"
+        f"backward recomputes {found.recompute}; compiled in {found.seconds:.0f} s\n\n"
+        + report(
+            *(found.program, found.parts, found.padding),
+            *(cost.CHIPS[kind], config.batch_size, config.steps),
+        )
+    )

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 from sacrebleu.metrics import BLEU, CHRF
 
-from suites import Example
+from evaluation.suites import Example
 
 NO_LABELS = ("other", "no answer")  # what histograms call answers that are none of the labels
 CHARACTERS = 6  # chrF compares runs of 1 to 6 characters

@@ -1,0 +1,1 @@
+"""What eval.py reads and writes: suites, tasks, predictions, systems, metrics, the report."""

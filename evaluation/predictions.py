@@ -1,0 +1,141 @@
+"""Predictions: predictions.jsonl, every answer as soon as it is known; and other systems' answers.
+
+Reads: tasks.py, systems.py, runtime/files.py.   Read next: significance.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from evaluation.systems import SYSTEMS
+from evaluation.tasks import Item
+from runtime import files
+
+
+class Predictions:
+    """predictions.jsonl: one line for each answer of each system.
+
+    A line's key is a digest of the model and of all that is asked: what was answered by other
+    weights, to another prompt or about another transcript is not taken for an answer.
+    """
+
+    def __init__(self, file: Path, model: str):
+        self.file, self.model = file, model
+        self.lines: dict[str, dict] = {}
+        self.stream: TextIO | None = None
+        before = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        self.cut = bool(before) and not before.endswith("\n")  # a killed run's last line
+        if before:
+            for text in before.split("\n"):
+                try:
+                    line = json.loads(text)
+                    self.lines[line["key"]] = line
+                except (ValueError, TypeError, KeyError):
+                    continue  # the last line of a run that was killed, to be answered again
+
+    def key(self, system: str, item: Item) -> str:
+        example = item.example
+        asked = [system, item.task, *dataclasses.astuple(item.ask), example.id, example.text]
+        text = json.dumps([*asked, Path(example.audio).name])
+        return f"{self.model}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def get(self, system: str, item: Item) -> dict | None:
+        """The line of an answer, or None; of a clip that gave none, it says the reason."""
+        return self.lines.get(self.key(system, item))
+
+    def lacks(self, system: str, item: Item) -> bool:
+        """What could not be answered is lacking too: the clip may be mended by now. A transcript
+        that is unknown stays so."""
+        line, unknown = self.get(system, item), system == "text" and not item.example.text
+        return line is None or (line["answer"] is None and not unknown)
+
+    def line(self, system: str, item: Item, said: dict[str, Any]) -> dict[str, Any]:
+        """All that is written of an answer; `said` has "answer" and maybe "heard" and "error"."""
+        example = item.example
+        line = {"key": self.key(system, item), "system": system, "task": item.task}
+        line |= {"id": example.id, "group": example.group, "audio": example.audio}
+        line |= {"text": example.text, "prompt": item.ask.prompt}
+        line |= {key: said[key] for key in ("answer", "heard", "error") if key in said}
+        return line | {"references": list(example.answers)}
+
+    def tell(self, system: str, item: Item, answer: str | None, note: dict[str, str]) -> None:
+        """Add an answer and write it."""
+        line = self.line(system, item, note | {"answer": answer})
+        self.lines[line["key"]] = line
+        if self.stream is None:
+            self.stream = self.file.open("a", encoding="utf-8", newline="\n")
+            self.stream.write("\n" if self.cut else "")
+        self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.stream.flush()
+
+    def finish(self, items: list[Item], scores: dict[tuple[str, int], dict[str, float]]) -> None:
+        """Write the lines of these items anew, each with its scores, in order. Those of this model
+        about other items stand behind them; those of other models go."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+        ours = {self.key(s, item): (s, i) for i, item in enumerate(items) for s in SYSTEMS}
+        first = [
+            self.line(system, items[i], self.lines[key]) | {"scores": scores[system, i]}
+            for key, (system, i) in ours.items()
+        ]
+        rest = [
+            line
+            for key, line in self.lines.items()
+            if key not in ours and key.startswith(self.model)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in first + rest)
+        files.write_text(self.file, text)
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model's own files, and of the names of the models that it refers to."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def read_predictions(source: str, items: list[Item]) -> tuple[str, list[str | None]]:
+    """Of NAME=FILE.jsonl the name and the answer to each item, None where there is none.
+
+    Each line has "task", "id" and "answer" (a text, or null). A predictions.jsonl of ours is taken
+    for what its diva said. Raises ValueError that names the line.
+    """
+    name, _, path = source.partition("=")
+    file = Path(path)
+    if not name or not path or name in SYSTEMS:
+        raise ValueError(
+            f"--predictions {source}: expected NAME=FILE.jsonl, with a name other than "
+            f"{', '.join(SYSTEMS)}."
+        )
+    found: dict[tuple[str, str], str | None] = {}
+    keys: dict[tuple[str, str], str] = {}  # of a file of ours
+    for where, line in files.json_lines(file):
+        place, answer = (line.get("task"), line.get("id")), line.get("answer")
+        if line.get("system", "diva") != "diva":
+            continue
+        texts = all(isinstance(x, str) for x in place) and isinstance(answer, str | None)
+        if not texts or "answer" not in line:
+            raise ValueError(
+                f'{where}: expected "task" and "id" (texts, as in predictions.jsonl) and "answer" '
+                "(a text, or null if there was none). Correct the line."
+            )
+        if keys.get(place, line.get("key")) != line.get("key"):
+            continue  # in a file of ours, what was answered to another prompt stands behind
+        if place in found and place not in keys:
+            raise ValueError(f"{where}: a second answer to {place}; expected one. Remove one.")
+        if "key" in line:
+            keys[place] = line["key"]
+        # JSON can hold halves of letters, which cannot be written
+        found[place] = None if answer is None else answer.encode("utf-8", "replace").decode()
+    answers = [found.get((item.task, item.example.id)) for item in items]
+    known = {(item.task, item.example.id) for item in items}
+    if lacking := sum((item.task, item.example.id) not in found for item in items):
+        print(f"{file}: no answer to {lacking} of {len(items)} items; they count as wrong")
+    if extra := len(found.keys() - known):
+        print(f"{file}: {extra} answers to what is not asked here are not counted")
+    return name, answers

@@ -1,0 +1,148 @@
+"""Unpack: what published sets are made of. Files to be found, videos, clips inside tables, pickles.
+
+Reads: runtime/files.py.   Read next: suites.py.
+"""
+
+import logging
+import os
+import pickle
+import re
+import shlex
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import files
+
+MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"}
+
+log = logging.getLogger(__name__)
+
+
+def find(folder: Path, *patterns: str) -> Path:
+    """The first that is there; what macOS leaves beside each file (._*, __MACOSX/) is not."""
+    for pattern in patterns:
+        for found in sorted(folder.glob(pattern)):
+            if not found.name.startswith("._") and "__MACOSX" not in found.parts:
+                return found
+    return files.there(folder / " or ".join(patterns))
+
+
+def present(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the parts that are there; the others are named in a warning."""
+    absent = [name for name in names if not (folder / name).is_dir()]
+    if len(absent) == len(names):
+        files.there(folder / " or ".join(names))
+    if absent:
+        log.warning("%s: without %s: the set is not complete", folder, ", ".join(absent))
+    return [name for name in names if name not in absent]
+
+
+def wavs(folder: Path) -> Path:
+    """The folder itself, if it may hold the audio; videos alone are refused with a remedy."""
+    if not folder.is_dir():
+        files.there(folder / "*.wav")
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("._"))
+    videos = [name for name in names if name.endswith(".mp4")]
+    if videos and not any(name.endswith(".wav") for name in names):
+        raise ValueError(
+            f"{folder}: {len(videos)} videos ({', '.join(videos[:3])}, ...) and no audio; expected "
+            f"a *.wav beside each. Make them with\n  for f in {shlex.quote(str(folder))}/*.mp4; "
+            'do ffmpeg -nostdin -i "$f" -vn -ac 1 -ar 16000 "${f%.mp4}.wav"; done'
+        )
+    return folder
+
+
+def unpacked(sound: dict[str, Any] | None, folder: Path, name: str) -> str:
+    """The file of an embedded clip {bytes, path}, written unless it is there: whole or not at all.
+
+    Its name holds the content's checksum; it ends like the embedded path, or as the first bytes
+    say.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ValueError(f"{name!r} is no name for a file in {folder}; expected an id.")
+    content, path = (sound or {}).get("bytes") or b"", (sound or {}).get("path") or ""
+    endings = [kind for magic, kind in MAGIC.items() if content.startswith(magic)]
+    ending = Path(path).suffix or [*endings, ".wav"][0]
+    file = folder / f"{name}-{zlib.crc32(content):08x}{ending}"
+    if content and not file.is_file():
+        with files.whole(file) as partial:
+            partial.write_bytes(content)
+    return str(file)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pickles that need not be trusted
+
+
+class Unpickler(pickle.Unpickler):
+    """Makes numbers, texts and containers, and calls nothing but the functions below.
+
+    An ordinary unpickler calls whatever a file from the internet asks for. Arrays of numpy come as
+    lists: numpy's own constructors would take any bytes for pointers to objects.
+    """
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        maker = MAKERS.get((module_name.replace("_core.", "core."), global_name))
+        if maker is None:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return maker
+
+
+class Dtype:
+    """What a pickle says of a dtype: its code, such as <f8."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code = code
+
+    def __setstate__(self, state: tuple):
+        self.code = state[1] + self.code  # the order of the bytes
+
+    def values(self, content: bytes | bytearray | str | list) -> list:
+        if isinstance(content, list):  # of objects
+            return content
+        if not re.fullmatch(r"[<>=|]?[biufcSU]\d+", self.code):
+            raise pickle.UnpicklingError(f"it asks for numpy's dtype {self.code}")
+        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2
+        return np.frombuffer(content, self.code).tolist()
+
+
+class Array(list):
+    """An array as a flat list."""
+
+    def __init__(self, *_: Any):
+        super().__init__()
+
+    def __setstate__(self, state: tuple):
+        self[:] = state[-3].values(state[-1])  # version, shape, dtype, order, content
+
+
+MAKERS: dict[tuple[str, str], Callable] = {
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
+    ("numpy", "dtype"): Dtype,
+    ("numpy", "ndarray"): Array,
+    ("numpy.core.multiarray", "_reconstruct"): Array,
+    ("numpy.core.multiarray", "scalar"): lambda dtype, content: dtype.values(content)[0],
+    ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, *_: dtype.values(content),
+    **{("builtins", kind.__name__): kind for kind in (set, frozenset, bytes)},
+    **{("__builtin__", kind.__name__): kind for kind in (set, frozenset, bytes)},  # Python 2's name
+}
+
+
+def read_pickle(file: Path) -> dict:
+    """A dictionary from a pickle that need not be trusted. Raises ValueError."""
+    with file.open("rb") as stream:
+        try:
+            content = Unpickler(stream, encoding="latin1").load()  # latin1: written by Python 2
+            return {**content}
+        except (  # a damaged file lets pickle raise any of these
+            *(pickle.UnpicklingError, EOFError, ImportError, AttributeError, LookupError),
+            *(TypeError, ValueError, OverflowError, MemoryError),
+        ) as error:
+            raise ValueError(
+                f"{file}: refused ({error}); expected a pickled dictionary of numbers, texts, "
+                "lists and numpy arrays. Download it again from its authors."
+            ) from error
