@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import llama
 import weights
 import whisper
-from runtime import command, files, sharding
+from runtime import command, files, recording, sharding
 
 
 class Projection(eqx.Module):
@@ -314,17 +314,15 @@ def main(
         model: folder or repo id of a trained DiVA.
         last: how many virtual tokens to show; the last ones are those that stand for words.
     """
-    import data  # decoding is data.py's concept
-
     asr_path, llm_path = references(model)
     trained = DiVA.load(model)
     queries = len(trained.connector.query_tokens)
     asr = whisper.Whisper.load(asr_path)
     untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
-    audio = jnp.asarray(data.load_window(clip, trained.window_samples))
+    sound = jnp.asarray(recording.load_window(clip, trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
-        virtual = eqx.filter_jit(diva.virtual_tokens)(audio)
+        virtual = eqx.filter_jit(diva.virtual_tokens)(sound)
         ids = nearest_tokens(virtual, diva.llm.model.embed_tokens.weight)[0, -last:]
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 

@@ -9,7 +9,8 @@ which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opu
 threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
 and reported. Run it to see what a corpus holds:  python data.py cv/en
 
-Annex: runtime/files.py reads lines of JSON, and keeps what a clip's header said for the next start.
+Annex: runtime/recording.py decodes a file to 16 kHz mono; runtime/files.py reads lines of JSON, and
+keeps what a clip's header said for the next start.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
 Reads: nothing of ours.   Read next: train.py.
@@ -20,26 +21,23 @@ import csv
 import dataclasses
 import functools
 import logging
-import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import grain
+import jax
 import numpy as np
 import soundfile as sf
 import tyro
-from jaxtyping import Float, Float32, Int32
-from scipy.signal import resample_poly
+from jaxtyping import Float, Int32
 
-from runtime import command, files
+from runtime import command, files, recording
+from runtime.recording import SAMPLE_RATE
 
-SAMPLE_RATE = 16_000
-RATES = 1_000, 768_000  # samples a second that are believed
-BLOCK = 1 << 22  # samples that are decoded at a time, all channels together
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
 AHEAD = 4  # batches that are prepared before they are asked for
 TOKEN_MULTIPLE = 8  # the transcripts' padded length is rounded up to it
@@ -156,73 +154,7 @@ def _read_manifest(file: Path) -> list[Clip]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Audio
-
-
-def load_audio(path: str | Path, longest: float = math.inf) -> Float32[np.ndarray, "S"]:
-    """Decode a file to 16 kHz mono in [-1, 1]; any rate and channel count.
-
-    Raises FileNotFoundError, or ValueError for what is unreadable, empty, not finite, or longer
-    than `longest` seconds; of such a file no more is decoded, whatever its header says.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; expected an audio file. Check the path.")
-    parts, total = [], 0
-    try:
-        with sf.SoundFile(path) as file:
-            rate, most = file.samplerate, max(1, BLOCK // file.channels)
-            while len(block := file.read(most, dtype="float32", always_2d=True)):
-                parts.append(block.mean(axis=1))
-                total += len(block)
-                if total > longest * rate:
-                    break
-    except (sf.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: raw samples
-        reason = str(error).strip().rstrip(".")
-        raise ValueError(
-            f"{path}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
-            "Convert or remove the file."
-        ) from error
-    if total > longest * rate:
-        raise ValueError(
-            f"{path}: longer than the model's window of {longest:g} s; expected at most that. "
-            "Split it at a pause."
-        )
-    if not RATES[0] <= rate <= RATES[1]:  # a header may say anything, and resampling would try
-        raise ValueError(
-            f"{path}: {rate} samples a second; expected {RATES[0]} to {RATES[1]}. Convert the file."
-        )
-    if not total:
-        raise ValueError(f"{path}: no samples; expected audio. Record it again or remove it.")
-    samples = np.concatenate(parts)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
-    if rate != SAMPLE_RATE:
-        # Polyphase with a low-pass below the lower of the two Nyquist rates: no aliases.
-        common = math.gcd(rate, SAMPLE_RATE)
-        samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
-    return samples.astype(np.float32)
-
-
-def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:
-    """Stack clips, silence behind each. Raises ValueError for one longer than the window."""
-    batch = np.zeros((len(audio), window), np.float32)
-    for row, samples in zip(batch, audio, strict=True):
-        if len(samples) > window:
-            raise ValueError(
-                f"a clip has {len(samples) / SAMPLE_RATE:.2f} s; expected at most the model's "
-                f"window of {window / SAMPLE_RATE:g} s. Split it at a pause."
-            )
-        row[: len(samples)] = samples
-    return batch
-
-
-def load_window(path: str | Path, window: int) -> Float32[np.ndarray, "1 S"]:
-    """A file as one row, padded to the window. Raises as `load_audio` and `pad` do, by name."""
-    samples = load_audio(path, longest=window / SAMPLE_RATE)
-    try:
-        return pad([samples], window)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+# How long it is
 
 
 def seconds_of(clips: list[Clip]) -> list[float]:
@@ -365,9 +297,9 @@ def batches(
     def load(index: int) -> dict[str, np.ndarray]:
         ids = np.zeros(corpus.max_length, np.int32)
         ids[: len(corpus.ids[index])] = corpus.ids[index]
-        audio, heard = samples(index)
+        sound, heard = samples(index)
         return {
-            "audio": pad([audio], corpus.window_samples)[0],
+            "audio": recording.pad([sound], corpus.window_samples)[0],
             "ids": ids,
             "lengths": np.int32(len(corpus.ids[index])),
             "weights": np.float32(heard),
@@ -378,6 +310,22 @@ def batches(
     dataset = grain.MapDataset.source(mine).map(load)
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)  # in clips
     return iter(dataset.to_iter_dataset(options).batch(rows))
+
+
+def batch_shapes(
+    batch_size: int, window_samples: int, max_length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `batches` gives, all processes together."""
+    shapes = {
+        "audio": ((window_samples,), np.float32),
+        "ids": ((max_length,), np.int32),
+        "lengths": ((), np.int32),
+        "weights": ((), np.float32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +355,7 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
     def read(index: int) -> tuple[np.ndarray, bool]:
         file = corpus.clips[index].audio
         try:
-            samples = load_audio(file)
+            samples = recording.load(file)
             if len(samples) > corpus.window_samples + SAMPLE_RATE // 100:
                 raise ValueError(
                     f"{file}: {len(samples) / SAMPLE_RATE:.2f} s, longer than its header says; "

@@ -16,7 +16,6 @@ Reads: connector.py, llama.py, data.py, weights.py.   The last chapter.
 """
 
 import dataclasses
-import functools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,15 +31,15 @@ import tyro
 from jaxtyping import Array, Float, Int
 
 import connector
-import data
 import generate
 import llama
 import weights
-from runtime import command, files
+from runtime import command, files, recording
+from runtime.recording import SAMPLE_RATE
 
 TOY = Path(__file__).parent / "toy"
 PIECES = 10  # a long recording may be so many windows
-FRAME = data.SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
+FRAME = SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
 SHOWN = 24  # virtual tokens that are shown as words
 
 
@@ -86,13 +85,7 @@ def _embed(llm: llama.Llama, ids: Int[Array, "1 L"]) -> Float[Array, "1 L E"]:
     return llm.embed(ids)
 
 
-@functools.partial(jax.jit, donate_argnames="embeds")
-def _put(
-    embeds: Float[Array, "1 L E"], virtual: Float[Array, "Q E"], start: Int[Array, ""]
-) -> Float[Array, "1 L E"]:
-    return jax.lax.dynamic_update_slice(embeds, virtual[None].astype(embeds.dtype), (0, start, 0))
-
-
+_put = jax.jit(generate.put, donate_argnames="embeds")
 _virtual_tokens = eqx.filter_jit(connector.DiVA.virtual_tokens)
 _nearest_tokens = jax.jit(connector.nearest_tokens)
 
@@ -116,7 +109,7 @@ class Assistant:
     @property
     def window(self) -> float:
         """Seconds that are heard at once."""
-        return self.diva.window_samples / data.SAMPLE_RATE
+        return self.diva.window_samples / SAMPLE_RATE
 
     def listen(
         self, clip: str | Path, long: bool = False, live: bool = False
@@ -128,14 +121,14 @@ class Assistant:
         Raises ValueError or FileNotFoundError that names the file.
         """
         window = self.diva.window_samples
-        samples = data.load_audio(clip, PIECES * self.window)
+        samples = recording.load(clip, PIECES * self.window)
         samples = trim(samples) if live or len(samples) > window else samples
         if len(samples) > window and not long:
             raise ValueError(
-                f"{clip}: {len(samples) / data.SAMPLE_RATE:.1f} s of speech; expected at most the "
+                f"{clip}: {len(samples) / SAMPLE_RATE:.1f} s of speech; expected at most the "
                 f"model's window of {self.window:g} s. Say less, or split it with --long."
             )
-        rows = [jnp.asarray(data.pad([part], window)) for part in split(samples, window)]
+        rows = [jnp.asarray(recording.pad([part], window)) for part in split(samples, window)]
         return np.concatenate([np.asarray(_virtual_tokens(self.diva, row)[0]) for row in rows])
 
     def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
@@ -145,17 +138,30 @@ class Assistant:
         return " ".join(self.chat.decode(ids).split())
 
     def prompt(
-        self, turns: Sequence[Turn], virtual: Float[np.ndarray, "Q E"], instruction: str | None
+        self,
+        turns: Sequence[Turn],
+        virtual: Float[np.ndarray, "Q E"],
+        instruction: str | None,
+        room: int = 0,
     ) -> tuple[Float[Array, "1 L E"], int]:
-        """Embeddings of the conversation up to the assistant's next word, and how many they are."""
+        """Embeddings of the conversation up to the assistant's next word, and how many they are.
+
+        Raises ValueError if the LLM has no positions for them and `room` tokens more.
+        """
         around = self.chat.around(instruction, [turn.answer for turn in turns])
         ids, starts, said = [*around[0]], [], [*(turn.virtual for turn in turns), virtual]
         for tokens, after in zip(said, around[1:], strict=True):
             starts.append(len(ids))
             ids += [0] * len(tokens) + after
+        most = self.diva.llm.config.max_position_embeddings
+        if len(ids) + room > most:
+            raise ValueError(
+                f"the conversation has {len(ids)} positions; expected at most {most - room} "
+                f"({most} less {room} for the answer). Start a new one."
+            )
         embeds = _embed(self.diva.llm, jnp.asarray(generate.padded_row(ids)))
         for tokens, start in zip(said, starts, strict=True):
-            embeds = _put(embeds, jnp.asarray(tokens), start)
+            embeds = _put(embeds, jnp.asarray(tokens)[None], jnp.asarray([start]))
         return embeds, len(ids)
 
     def answer(
@@ -174,14 +180,7 @@ class Assistant:
         began = time.perf_counter()
         turns = () if self.toy else turns  # its LLM has never seen a second turn
         virtual = self.listen(clip, long, live)
-        embeds, length = self.prompt(turns, virtual, instruction)
-        most = self.diva.llm.config.max_position_embeddings
-        if length + sampling.max_new_tokens > most:
-            raise ValueError(
-                f"the conversation has {length} positions; expected at most "
-                f"{most - sampling.max_new_tokens} ({most} less {sampling.max_new_tokens} for the "
-                "answer). Start a new one."
-            )
+        embeds, length = self.prompt(turns, virtual, instruction, sampling.max_new_tokens)
         tokens = generate.stream(
             self.diva.llm,
             embeds,
@@ -215,7 +214,7 @@ class Assistant:
     def warm_up(self, sampling: Sampling) -> None:
         """Compile what the first answer needs."""
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            soundfile.write(file.name, np.zeros(FRAME), data.SAMPLE_RATE)
+            soundfile.write(file.name, np.zeros(FRAME), SAMPLE_RATE)
             next(self.answer(file.name, sampling=sampling))
 
 
@@ -256,6 +255,19 @@ SENTENCES = (
 )
 
 
+def notice(assistant: Assistant, long: bool) -> str:
+    """What one must know before one speaks."""
+    note = f"Speak for at most {assistant.window:g} s"
+    note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
+    if not assistant.toy:
+        return note
+    return (
+        "**This is the toy model**: it knows some 200 words, says nothing sensible about "
+        f"anything else, and takes each sentence for itself. {note} Try: "
+        + "; ".join(f"*{text}*" for text in SENTENCES)
+    )
+
+
 def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
     """A Gradio page: a recording, perhaps an instruction, and the conversation.
 
@@ -285,16 +297,8 @@ def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
             raise gr.Error(str(error).replace(str(clip), Path(clip).name)) from None
         yield messages, [*turns, reply.turn], reply.times(), None
 
-    note = f"Speak for at most {assistant.window:g} s"
-    note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
-    if assistant.toy:
-        note = (
-            "**This is the toy model**: it knows some 200 words, says nothing sensible about "
-            f"anything else, and takes each sentence for itself. {note} Try: "
-            + "; ".join(f"*{text}*" for text in SENTENCES)
-        )
     with gr.Blocks(title="DiVA", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# DiVA\n{note}")
+        gr.Markdown(f"# DiVA\n{notice(assistant, long)}")
         turns = gr.State([], time_to_live=3600)
         conversation = gr.Chatbot(label="Conversation", render_markdown=False, buttons=[])
         times = gr.Markdown()
@@ -408,7 +412,18 @@ def main(
         serve(blocks, host, port)
         return
     clips, instruction = clips_and_instruction(words)
-    assistant, turns = Assistant.load(model), []
+    talk(Assistant.load(model), clips, instruction, sampling, long)
+
+
+def talk(
+    assistant: Assistant,
+    clips: Sequence[str],
+    instruction: str | None,
+    sampling: Sampling,
+    long: bool,
+) -> None:
+    """Answer clip after clip in the terminal: what was heard, and the answer as it is generated."""
+    turns = []
     for clip in clips:
         shown = ""
         for reply in assistant.answer(clip, turns, instruction, sampling, long):

@@ -238,6 +238,14 @@ def padded_row(ids: Sequence[int]) -> Int[np.ndarray, "1 L"]:
     return np.pad(np.array([ids], np.int32), ((0, 0), (0, padded(len(ids)) - len(ids))))
 
 
+def put(
+    embeds: Float[Array, "B L E"], virtual: Float[Array, "B Q E"], starts: Int[Array, "B"]
+) -> Float[Array, "B L E"]:
+    """Prompts with the virtual tokens written over the holes that begin at `starts`."""
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
+    return write(embeds, virtual.astype(embeds.dtype), starts)
+
+
 def text_pieces(chat: Chat, tokens: Iterator[int]) -> Iterator[str]:
     """Decode a stream of tokens into pieces of text, never a broken character.
 

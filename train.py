@@ -6,16 +6,13 @@
                                                       :                                         :
     transcript --------------------------> token embeddings --> [prefix; text; suffix] ------> LLM
 
-One chapter, read from the top: what a run is made of (Recipe, Config, presets), the loss and the
-step, its start, the loop. The same command on every host of a cluster is one run.
-
     python train.py                                  # the toy universe, minutes on a laptop
     python train.py --preset diva-8b --data cv/en    # the published run
     python train.py --preset diva-8b --compile-only v4:4x4x8    # what it would take, without a TPU
     python train.py --help                           # every field of Config is a flag
 
-A run that was interrupted (Ctrl-C, SIGTERM, power cut) goes on when the same command is started
-again, and ends with the same weights, bit for bit, as if nothing had happened.
+The same command on every host of a cluster is one run. One that was interrupted (Ctrl-C, SIGTERM,
+power cut) goes on when the command is started again, and ends with the same weights, bit for bit.
 
 Annex: runtime/sharding.py says where arrays live on many devices (FSDP), compiling.py makes the
 step that fits into memory, record.py keeps the log and the checkpoints, cost.py counts FLOPs.
@@ -25,11 +22,9 @@ Reads: weights.py, whisper.py, llama.py, connector.py, distill_loss.py, data.py.
 Read next: eval.py.
 """
 
-import argparse
 import dataclasses
 import functools
 import logging
-import shlex
 import sys
 import time
 from typing import Any, Literal, NamedTuple
@@ -39,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -100,8 +94,7 @@ class Config(Recipe):
     # Compile the step for a slice of TPUs, such as v4:4x4x8 or v5e:8x8, without one; then report
     # memory, FLOPs, collectives and time, and end. Needs the `tpu` extra, no weights and no data.
     compile_only: str | None = None
-    # Write a jax.profiler trace of three steps behind the tenth to OUT/profile.
-    profile: bool = False
+    profile: bool = False  # Write a trace of three steps behind the tenth to OUT/profile.
     save_every: int = 500  # Steps between checkpoints.
     keep: int = 2  # How many checkpoints to keep.
     log_every: int = 20  # Steps between lines on the console; metrics.jsonl holds every step.
@@ -122,17 +115,14 @@ class Config(Recipe):
 
 
 # The paper's recipe: Common Voice 17 English, 4,300 steps of 512 clips = two epochs.
-_PUBLISHED = Config(
+_published = functools.partial(
+    Config,
     whisper="openai/whisper-large-v3",
     data="cv-corpus-17.0-2024-03-15/en",
     save_every=100,
     log_every=10,
 )
-
-
-def _published(preset: str, llm: str, learning_rate: float) -> Config:
-    return dataclasses.replace(_PUBLISHED, preset=preset, llm=llm, learning_rate=learning_rate)
-
+_LLAMA_3 = "meta-llama/Llama-3.{}-Instruct"
 
 PRESETS: dict[str, Config] = {
     # The tiny LLM's states answer far more steeply to its embeddings than a real one's: at equal
@@ -148,33 +138,21 @@ PRESETS: dict[str, Config] = {
         save_every=1000,
         log_every=100,
     ),
-    "diva-1b": _published("diva-1b", "meta-llama/Llama-3.2-1B-Instruct", 5e-4),
-    "diva-3b": _published("diva-3b", "meta-llama/Llama-3.2-3B-Instruct", 5e-4),
-    "diva-8b": _published("diva-8b", "meta-llama/Llama-3.1-8B-Instruct", 5e-5),
+    "diva-1b": _published(preset="diva-1b", llm=_LLAMA_3.format("2-1B"), learning_rate=5e-4),
+    "diva-3b": _published(preset="diva-3b", llm=_LLAMA_3.format("2-3B"), learning_rate=5e-4),
+    "diva-8b": _published(preset="diva-8b", llm=_LLAMA_3.format("1-8B"), learning_rate=5e-5),
 }
 
 
 def parse(args: list[str]) -> Config:
     """The configuration of a command line: a preset, and flags that override its fields."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="toy")
-    name = first.parse_known_args(args)[0].preset
-    if name not in PRESETS:
-        raise ValueError(f"--preset {name}: no such preset; expected one of {', '.join(PRESETS)}.")
-    config = tyro.cli(Config, default=PRESETS[name], args=args, prog="train.py")
-    return dataclasses.replace(config, out=config.out or f"runs/{name}")
+    config = command.parse(PRESETS, args, "train.py")
+    return dataclasses.replace(config, out=config.out or f"runs/{config.preset}")
 
 
 def resume_command(config: Config) -> str:
     """The command line that goes on with this run."""
-    default = PRESETS[config.preset]
-    flags = ["--preset", config.preset]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in ("preset", "until", "profile") or value == getattr(default, field.name):
-            continue
-        flags += ["--" + field.name.replace("_", "-"), str(value)]
-    return shlex.join(["python", "train.py", *flags])
+    return command.line(PRESETS, config, "train.py", without=("until", "profile"))
 
 
 def with_dtype(config: Config, platform: str) -> Config:
@@ -204,14 +182,8 @@ class Frozen(NamedTuple):
 
 # In the order of the computation, so the first that is not finite is where the trouble began.
 PARTS = (
-    "audio",
-    "encoder states",
-    "virtual tokens",
-    "teacher's response state",
-    "student's response state",
-    "alignment loss",
-    "response loss",
-    "gradient",
+    *("audio", "encoder states", "virtual tokens", "teacher's response state"),
+    *("student's response state", "alignment loss", "response loss", "gradient"),
 )
 
 
@@ -332,23 +304,8 @@ def abstract_inputs(
     diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
     turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)]
     text = min(cost.TEXT, config.queries or asr.max_target_positions)
-    batch = abstract_batch(config, asr.window_samples, text, mesh)
-    return state_of(config, diva, turn, mesh), batch
-
-
-def abstract_batch(config: Config, window_samples: int, length: int, mesh: Mesh) -> dict[str, Any]:
-    """The shapes of one batch, over all processes; `length`: L, of the padded transcripts."""
-    where = NamedSharding(mesh, P(sharding.AXES))
-    shapes = {
-        "audio": ((window_samples,), jnp.float32),
-        "ids": ((length,), jnp.int32),
-        "lengths": ((), jnp.int32),
-        "weights": ((), jnp.float32),
-    }
-    return {
-        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=where)
-        for name, (shape, dtype) in shapes.items()
-    }
+    batch = data.batch_shapes(config.batch_size, asr.window_samples, text)
+    return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
 
 
 def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: dict) -> tuple:
@@ -383,19 +340,16 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Froz
     turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
     turn = record.claim_everywhere(out / "turn.json", turn, keep=True)
     state = start_state(config, mesh, turn)
-    batch = abstract_batch(config, asr.window_samples, corpus.max_length, mesh)
+    batch = data.batch_shapes(config.batch_size, asr.window_samples, corpus.max_length)
+    batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, compiling.room_here(), state, batch)
     llm, positions = state[2].diva.llm.config, len(turn["prefix"] + turn["suffix"])
     work = sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
+    seconds = time.perf_counter() - began
     if jax.process_index() == 0:
-        print(
-            f"compiled the step in {time.perf_counter() - began:.1f} s: "
-            f"{work * config.batch_size / cost.TERA:.3g} TFLOP, "
-            f"{cost.gib(compiling.bytes_needed(compiled.memory_analysis()))} on each of "
-            f"{mesh.size} devices, backward recomputes {recompute}",
-            flush=True,
-        )
+        took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)
+        print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
     return corpus, state, compiled, work
 
 
@@ -427,12 +381,10 @@ def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
                 log.read()  # the steps before are done: the trace holds three whole ones
                 record.profile(out, step - first_step == 10)
             if step % config.save_every == 0:
-                log.read()  # only a state known to be good is saved
-                log.write()
+                log.settle()  # only a state known to be good is saved
                 record.save(manager, saved := step, params, opt_state)
-        log.read()
+        log.settle()
         if step > saved:
-            log.write()
             record.save(manager, step, params, opt_state)
     finally:
         log.close()
@@ -467,10 +419,11 @@ def run(config: Config) -> None:
         with record.Stop() as stop:
             steps = train(config, mesh, stop)
         if steps < config.steps:
-            reason = stop.asked or "--until"
             if speaks:
-                print(f"stopped at step {steps} of {config.steps} ({reason}); saved. Go on with:")
-                print(f"  {resume_command(given)}", flush=True)
+                why = (
+                    f"stopped at step {steps} of {config.steps} ({stop.asked or '--until'}); saved"
+                )
+                print(f"{why}. Go on with:\n  {resume_command(given)}", flush=True)
             return
     if speaks:
         show(config, out)
@@ -495,9 +448,9 @@ def main() -> None:
     config = parse(sys.argv[1:])
     if config.compile_only:
         print(compiling.slice_report(config, compile_for(config)))
-        return
-    sharding.join_cluster()
-    run(config)
+    else:
+        sharding.join_cluster()
+        run(config)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ Axes: B batch, S audio samples (16 kHz), F mel frames (100 a second), M mel bins
 positions (F / 2), L text tokens, D width (d_model), H heads, K head width, V vocabulary, N layers.
 
 The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
-connector. Attribute names are the published tensor names, so `weights.py` needs no table of names.
+connector. Attribute names are the published tensor names.
 
-Annex: `attention.attend` is softmax attention, `sharding.gather` and `run_layers` bring a layer to
-the device that runs it and scan over the stack; on one device they do nothing else.
-
+Annex: `attention.attend` is softmax attention; `sharding.run_layers` scans over a stack of layers.
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
 Reads: weights.py.   Read next: llama.py.
 """
@@ -30,7 +28,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import weights
-from runtime import attention, command, sharding
+from runtime import attention, command, recording, sharding
 from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
@@ -442,12 +440,11 @@ def main(
         model: folder or Hugging Face repo id.
         language: code of the spoken language, for multilingual models.
     """
-    import data  # what decodes a clip,
-    import generate  # and what writes word after word, are later chapters
+    import generate  # what writes word after word is a later chapter
 
     asr = generate.Transcriber.load(model, language)
-    audio = data.load_window(clip, asr.model.config.window_samples)
-    print(asr(jnp.asarray(audio))[0])
+    sound = recording.load_window(clip, asr.model.config.window_samples)
+    print(asr(jnp.asarray(sound))[0])
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import connector
-import data
 import generate
 import llama
+from runtime import recording
 
 SYSTEMS = ("untrained", "diva", "cascade", "text")
 ROUND = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -110,9 +110,7 @@ def fill(
     rows: Int[Array, "B"],
 ) -> Float[Array, "B L E"]:
     """Embeddings of the prompts, with virtual[rows] written over the hole that begins at starts."""
-    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-    embeds = llm.embed(ids)
-    return put(embeds, virtual[rows].astype(embeds.dtype), starts)
+    return generate.put(llm.embed(ids), virtual[rows], starts)
 
 
 @eqx.filter_jit
@@ -357,7 +355,7 @@ def loaded(
         audio = np.zeros((size, window), np.float32)
         for row, clip in zip(audio, some, strict=False):
             try:
-                row[:] = data.load_window(clip, window)[0]
+                row[:] = recording.load_window(clip, window)[0]
             except (ValueError, OSError) as error:
                 failed[clip] = str(error)
                 tqdm.write(f"counted as wrong: {error}")

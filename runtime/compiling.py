@@ -78,6 +78,15 @@ def fit(
     )
 
 
+def summary(compiled: Any, recompute: sharding.Recompute, flops: float, mesh: Mesh) -> str:
+    """What a step takes that was compiled for the devices here: a line for the log."""
+    held = cost.gib(bytes_needed(compiled.memory_analysis()))
+    return (
+        f"{flops / cost.TERA:.3g} TFLOP, {held} on each of {mesh.size} devices, "
+        f"backward recomputes {recompute}"
+    )
+
+
 # ------------------------------------------------------------------ for a slice that is not here
 
 

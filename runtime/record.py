@@ -120,6 +120,11 @@ class Log:
         self._show(row)
         self._check_clips(row)
 
+    def settle(self) -> None:
+        """All that has been done is known to be good, and written down."""
+        self.read()
+        self.write()
+
     def write(self) -> None:
         """Bring metrics.jsonl up to date: at each line shown, each checkpoint and the end."""
         if self.writes and self.changed:

@@ -94,10 +94,16 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows of a batch become part of the global, split batch."""
+def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """This process's rows of a batch become part of the global, split batch; shapes get places."""
     where = NamedSharding(mesh, P(AXES))
-    return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.make_array_from_process_local_data(where, x)
+
+    return {name: put(x) for name, x in batch.items()}
 
 
 # ------------------------------------- inside the step, where use_abstract_mesh names the mesh

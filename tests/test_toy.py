@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-import data
 import eval as evaluation
 import generate
 import llama
 from evaluation import metrics, systems
+from runtime import recording
 
 TOY = Path(__file__).parents[1] / "toy"
 CORPUS = TOY / "common_voice" / "en"
@@ -133,8 +133,8 @@ def test_the_shipped_whisper_transcribes(rows):
     """At most 5 % word errors on 128 dev clips, in voices that it has never heard."""
     asr = generate.Transcriber.load(TOY / "whisper")
     some = rows["dev"][:128]
-    clips = [data.load_audio(CORPUS / "clips" / row["path"]) for row in some]
-    heard = asr(jnp.asarray(data.pad(clips, asr.model.config.window_samples)))
+    clips = [recording.load(CORPUS / "clips" / row["path"]) for row in some]
+    heard = asr(jnp.asarray(recording.pad(clips, asr.model.config.window_samples)))
     errors = sum(metrics.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
     assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.05
 

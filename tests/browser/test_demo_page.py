@@ -19,8 +19,8 @@ import pytest
 import soundfile
 from playwright.sync_api import Page, expect, sync_playwright
 
-import data
 import demo
+from runtime import recording
 
 TOY = Path(demo.__file__).parent / "toy"
 CLIPS = TOY / "common_voice/en/clips"
@@ -63,7 +63,7 @@ def address():
 def microphone(tmp_path_factory) -> Path:
     """The question, loud and clear, as Chromium's fake microphone wants it."""
     file = tmp_path_factory.mktemp("microphone") / "question.wav"
-    samples = data.load_audio(clip_that_says(QUESTION["text"]))
+    samples = recording.load(clip_that_says(QUESTION["text"]))
     lead, tail = np.zeros(int(0.3 * 16000)), np.zeros(16000 * 10)
     soundfile.write(file, np.concatenate([lead, samples, tail]), 16000, subtype="PCM_16")
     return file

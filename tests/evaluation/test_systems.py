@@ -26,6 +26,7 @@ import llama
 import whisper
 from evaluation import systems
 from evaluation.systems import SYSTEMS, Ask, Models, Question, Responder
+from runtime import recording
 
 ROOM = universe.LLAMA.max_position_embeddings
 EVERY = set(SYSTEMS)
@@ -134,7 +135,7 @@ class Oracle:
         return self.answer(ask, self.table[self.tokens(text)])
 
     def audio(self, clip: str) -> jnp.ndarray:
-        return jnp.asarray(data.pad([data.load_audio(clip)], universe.WINDOW))
+        return jnp.asarray(recording.pad([recording.load(clip)], universe.WINDOW))
 
     def hears(self, system: str, clip: str) -> np.ndarray:
         diva = eqx.tree_at(lambda d: d.connector, self.diva, self.connectors[system])
@@ -206,7 +207,7 @@ def no_clip_is_decoded(monkeypatch) -> None:
     def fail(*_):
         raise AssertionError("a clip is decoded")
 
-    monkeypatch.setattr(data, "load_window", fail)
+    monkeypatch.setattr(recording, "load_window", fail)
 
 
 # ------------------------------------------------------------------------------------------- models

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import data
 import llama
 import train
 import weights
@@ -54,12 +55,18 @@ BATCH, DEVICES, SMALL = 32, 8, 256
 WAYS = ("attention", "layers")
 
 
+def batch_of(config: train.Config, asr: whisper.WhisperConfig, mesh) -> dict:
+    """Its shapes, with transcripts of TEXT."""
+    shapes = data.batch_shapes(config.batch_size, asr.window_samples, TEXT)
+    return sharding.to_devices(shapes, mesh)
+
+
 def abstract_step(batch_size: int, devices: int) -> tuple[train.Config, tuple, dict]:
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = train.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
     state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
-    return config, state, train.abstract_batch(config, ASR.window_samples, TEXT, mesh)
+    return config, state, batch_of(config, ASR, mesh)
 
 
 # ------------------------------------------------------------------------------- products, by hand

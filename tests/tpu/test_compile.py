@@ -88,7 +88,7 @@ def test_a_tiny_step_on_a_small_slice():
     mesh = sharding.make_mesh(batch_size, devices=devices)
     asr, llm = test_cost.ASR, test_cost.LLM
     state = train.abstract_inputs(config, asr, llm, mesh)[0]
-    batch = train.abstract_batch(config, asr.window_samples, test_cost.TEXT, mesh)
+    batch = test_cost.batch_of(config, asr, mesh)
     chip = cost.CHIPS[devices[0].device_kind]
     compiled, way = train.compile_step(config, mesh, chip.memory, state, batch)
     assert way == "attention"
