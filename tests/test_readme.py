@@ -1,4 +1,4 @@
-"""README says what is so: commands print what is shown, numbers are those that were measured."""
+"""READMEs say what is so: commands print what is shown, numbers are those that were measured."""
 
 import dataclasses
 import functools
@@ -15,11 +15,13 @@ import tyro
 import demo
 import eval as evaluation
 import train
-from benchmarks import compiling, forward, gpu, loss, scaling, slices, step, toy
+from benchmarks import slices, toy
 from evaluation import suites, systems
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = ("", "runtime", "evaluation", "toy", "benchmarks", "tests")
+TEXTS = {room: (ROOT / room / "README.md").read_text(encoding="utf-8") for room in ROOMS}
+README, ALL = TEXTS[""], "\n".join(TEXTS.values())
 
 
 def console_examples() -> list[tuple[str, str]]:
@@ -52,68 +54,15 @@ def test_there_is_an_example_of_every_chapter_that_answers_at_once():
 def test_the_tables_are_the_measurements():
     """Both tables are what benchmarks/toy.py prints from benchmarks/toy.json."""
     measured = json.loads((ROOT / "benchmarks" / "toy.json").read_text())
-    for table in toy.tables(measured).split("\n\n"):
-        assert table in README
+    tables = toy.tables(measured).split("\n\n")
+    assert all(table in TEXTS["toy"] for table in tables) and tables[0] in README
 
 
 def test_the_table_of_slices_is_what_was_compiled():
     """The TPU table is what benchmarks/slices.py prints from benchmarks/slices.json."""
     rows = json.loads((ROOT / "benchmarks" / "slices.json").read_text())
     assert [(row["preset"], row["slice"]) for row in rows] == slices.SLICES
-    assert slices.table(rows) in README
-
-
-def test_the_tables_of_speed_are_what_was_measured():
-    """Both are what benchmarks/generate.py prints from benchmarks/generate.json; it imports torch,
-    which the tests must do without, so its function is taken out of the file."""
-    source = (ROOT / "benchmarks" / "generate.py").read_text()
-    names: dict = {}
-    exec(re.search(r"^def table\(.*?(?=^def )", source, re.MULTILINE | re.DOTALL).group(), names)
-    measured = json.loads((ROOT / "benchmarks" / "generate.json").read_text())
-    assert all(row["same"] == 1 for row in measured["generation"])
-    for table in names["table"](measured).split("\n\n"):
-        assert table in README
-
-
-def read(module) -> dict | list:
-    """What a benchmark has measured; nothing, where it has not been run."""
-    return json.loads(module.FILE.read_text()) if module.FILE.is_file() else {}
-
-
-@pytest.mark.parametrize("module", [step, forward, loss, compiling, scaling, gpu])
-def test_the_tables_side_by_side_are_what_was_measured(module):
-    """Each is what its benchmark prints from its JSON, on the machine that README names."""
-    measured = read(module)
-    for table in module.table(measured).split("\n\n"):
-        assert table in README
-    if "machine" in measured and module is not gpu:
-        assert measured["machine"].partition(";")[0] in " ".join(README.split())
-
-
-def test_what_was_compared_agrees():
-    """The losses and gradients of the step, the outcomes of the forward passes, and the two KLs."""
-    for row in read(step)["rows"]:
-        assert row["agreement"]["tensors"] == 102
-        assert max(row["agreement"]["losses"], row["agreement"]["gradients"]) <= 1e-5
-    assert all(row["apart"] <= 1e-4 for row in read(forward)["rows"])
-    assert read(loss)["agreement"] <= 1e-4
-
-
-def test_the_work_of_a_chip_falls_as_their_number_rises():
-    """Of 1, 8, 64 and 128 chips: what all of them compute is what one would, to 4 %."""
-    rows = read(scaling)
-    assert [row["chips"] for row in rows] == [1, 8, 64, 128]
-    for row in rows:
-        assert row["flops"] * row["chips"] == pytest.approx(rows[0]["flops"], rel=0.04)
-
-
-def test_the_program_does_not_grow_with_the_layers():
-    """The toy's step with twice the layers in every stack has the same lines of StableHLO."""
-    lines = {len(compiling.lower("toy", times).as_text().splitlines()) for times in (1, 2)}
-    assert len(lines) == 1
-    for preset in ("toy", "diva-8b"):
-        rows = [row for row in read(compiling)["rows"] if row["preset"] == preset]
-        assert len(rows) == len(compiling.DEPTHS) and len({row["lines"] for row in rows}) == 1
+    assert slices.table(rows) in TEXTS["runtime"]
 
 
 def test_the_longer_run_is_the_shipped_student():
@@ -129,7 +78,8 @@ def test_the_shown_table_is_that_of_the_default_command():
     """The table below the first command has the scores measured with seed 0."""
     scores = json.loads((ROOT / "benchmarks" / "toy.json").read_text())["seed 0"]["scores"]
     for heading, (task, metric) in toy.COLUMNS.items():
-        block = README[README.index(f"\n{task} (") :]
+        text = TEXTS["toy"]
+        block = text[text.index(f"\n{task} (") :]
         line = re.search(rf"^ {metric}( -)? .*$", block, re.MULTILINE).group()
         numbers = [float(x) for x in re.findall(r"(?<=\s)\d+\.\d(?=[*! ])", line)]
         expected = [scores[system][heading] for system in systems.SYSTEMS]
@@ -138,7 +88,7 @@ def test_the_shown_table_is_that_of_the_default_command():
 
 def test_the_training_commands_are_understood():
     """Every `python train.py` command of README parses, flags and all."""
-    text = README.replace("\\\n", " ")
+    text = ALL.replace("\\\n", " ")
     commands = set(re.findall(r"python train\.py([^`\n>&]*)", text))
     assert any("--preset diva-8b" in command for command in commands)
     for command in commands - {" --help"}:
@@ -148,7 +98,7 @@ def test_the_training_commands_are_understood():
 def test_the_evaluation_commands_are_understood(monkeypatch):
     """Every `python eval.py` command of README parses, and names suites that there are."""
     monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: None)
-    commands = re.findall(r"python eval\.py([^`\n]*)", README)
+    commands = re.findall(r"python eval\.py([^`\n]*)", ALL)
     assert len(commands) > 3
     for command in commands:
         words = shlex.split(command)
@@ -167,7 +117,7 @@ def test_the_demos_commands_are_understood(monkeypatch):
 
     monkeypatch.setattr(demo, "keep_compiled", lambda: None)
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
-    commands = re.findall(r"python demo\.py([^`\n#]*)", README)
+    commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     for command in commands:
         with pytest.raises(InterruptedError):
             tyro.cli(demo.main, args=shlex.split(command))
@@ -176,7 +126,7 @@ def test_the_demos_commands_are_understood(monkeypatch):
 
 def test_the_shown_tasks_are_understood(monkeypatch, tmp_path):
     """Keys, labels and metrics of README's tasks.json; the sets themselves are not there."""
-    (text,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (text,) = re.findall(r"```json\n(.*?)```", ALL, re.DOTALL)
     (tmp_path / "tasks.json").write_text(text)
     for name, suite in list(suites.SUITES.items()):
 
@@ -188,7 +138,8 @@ def test_the_shown_tasks_are_understood(monkeypatch, tmp_path):
     assert list(evaluation.read_tasks([tmp_path])) == ["covost", "iemocap", "stress"]
 
 
-def test_every_file_that_is_linked_is_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) > 8
-    assert not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_file_that_is_linked_is_there(room):
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXTS[room])
+    assert len(links) > (8 if not room else 0)
+    assert not [link for link in links if not (ROOT / room / link).exists()]
