@@ -26,21 +26,24 @@ RUNS = 3
 DEPTHS = (1, 2, 4)
 
 
-def deeper(sizes: Any, times: int) -> Any:
-    """`sizes` with all its stacks of layers `times` as deep."""
-    stacks = [f.name for f in dataclasses.fields(sizes) if f.name.endswith("_layers")]
-    return dataclasses.replace(sizes, **{name: times * getattr(sizes, name) for name in stacks})
+def deeper(preset: str, times: int) -> tuple:
+    """Configuration, Whisper and Llama of a preset, with all stacks of layers `times` as deep."""
+    config = dataclasses.replace(train.PRESETS[preset], batch_size=8, dtype="float32")
+
+    def sizes(kind: type, model: str) -> Any:
+        of = cost.sizes_of(kind, model)
+        stacks = [f.name for f in dataclasses.fields(of) if f.name.endswith("_layers")]
+        return dataclasses.replace(of, **{name: times * getattr(of, name) for name in stacks})
+
+    asr, llm = sizes(whisper.WhisperConfig, config.whisper), sizes(llama.LlamaConfig, config.llm)
+    return config, asr, llm
 
 
 def lower(preset: str, times: int) -> Any:
     """The step, traced and lowered for one device of this machine."""
-    config = dataclasses.replace(train.PRESETS[preset], batch_size=8, dtype="float32")
-    asr = deeper(cost.sizes_of(whisper.WhisperConfig, config.whisper), times)
-    llm = deeper(cost.sizes_of(llama.LlamaConfig, config.llm), times)
+    config, asr, llm = deeper(preset, times)
     mesh = sharding.make_mesh(config.batch_size, devices=jax.devices()[:1])
-    state = train.abstract_state(config, asr, llm, mesh)
-    length = min(cost.TEXT, config.queries or asr.max_target_positions)
-    batch = train.abstract_batch(config, asr.window_samples, length, mesh)
+    state, batch = train.abstract_inputs(config, asr, llm, mesh)
     recipe = train.recipe_of(config)
     return train.train_step.lower(*state, batch, np.int32(0), recipe=recipe, mesh=mesh)
 
@@ -79,9 +82,7 @@ def main() -> None:
                 found.setdefault((preset, times), []).append(compiled(preset, times))
     rows = []
     for (preset, times), runs in found.items():
-        config = train.PRESETS[preset]
-        asr = deeper(cost.sizes_of(whisper.WhisperConfig, config.whisper), times)
-        llm = deeper(cost.sizes_of(llama.LlamaConfig, config.llm), times)
+        _, asr, llm = deeper(preset, times)
         layers = f"{asr.encoder_layers}, {asr.decoder_layers}, {llm.num_hidden_layers}"
         figures = {name: median(run[name] for run in runs) for name in runs[0]}
         rows.append({"preset": preset, "times": times, "layers": layers, **figures})

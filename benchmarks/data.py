@@ -24,12 +24,13 @@ from scipy.signal import resample_poly
 
 import data
 import llama
+from runtime import recording
 
 TOY = Path(__file__).parents[1] / "toy"
 CLIPS = 10_000
 DIFFERENT = 40  # recordings; the other clips are links to them
 SECONDS = 5.4  # mean of Common Voice 17, English
-WINDOW = 30 * data.SAMPLE_RATE
+WINDOW = 30 * recording.SAMPLE_RATE
 BATCH = 16
 STEPS = 20  # batches that are timed at a time
 RUNS = 5
@@ -39,13 +40,13 @@ def make(folder: Path) -> None:
     """A Common Voice folder: train.tsv, clips/*.mp3, and no table of durations."""
     (folder / "clips").mkdir()
     toy = itertools.cycle(data.read_clips(TOY / "common_voice" / "en"))
-    length, recordings = round(SECONDS * data.SAMPLE_RATE), []
+    length, recordings = round(SECONDS * recording.SAMPLE_RATE), []
     for n in range(DIFFERENT):
         said, samples = [], np.zeros(0, np.float32)
         while len(samples) < length:
             clip = next(toy)
             said.append(clip.text)
-            samples = np.concatenate([samples, data.load_audio(clip.audio)])
+            samples = np.concatenate([samples, recording.load(clip.audio)])
         file = folder / f"{n}.mp3"
         up = resample_poly(samples[:length], 3, 1)
         level = 0.89  # of compression: 64 kbit/s
@@ -60,10 +61,9 @@ def make(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> data.Corpus:
-    """As train.py does: with the LLM's own tokenizer, text by text."""
+    """As train.py does: with the LLM's own tokenizer."""
     chat = llama.Chat.load(TOY / "llama")
-    clips = data.read_clips(folder)
-    return data.prepare(clips, lambda texts: [chat.encode(text) for text in texts], WINDOW, 448)
+    return data.prepare(data.read_clips(folder), chat.encode_batch, WINDOW, 448)
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:
@@ -95,7 +95,7 @@ def speeds(corpus: data.Corpus) -> list[tuple[float, float]]:
 
 def decoding(clip: data.Clip) -> float:
     """Seconds of CPU to decode and resample one clip."""
-    return timed(lambda: data.load_audio(clip.audio))[1]
+    return timed(lambda: recording.load(clip.audio))[1]
 
 
 def main(clips_per_host_per_step: int = 16, step_seconds: float = 0.3) -> None:

@@ -1,9 +1,9 @@
 """Forward passes beside transformers: `python -m benchmarks.forward` (two minutes on 2 cores).
 
 Needs `pip install '.[parity]'`. Log-mel, Whisper's encoder, and the LLM's prefill (hidden states of
-a prompt, and its cache), with the random weights and sizes of benchmarks/step.py, in float32 on the
-CPU. The results are compared before anything is timed. Prints README's table;
-benchmarks/forward.json keeps it.
+a prompt, and its cache), with random weights in the sizes of Whisper-tiny and a Llama of 60 million
+parameters, in float32 on the CPU. The results are compared before anything is timed. Prints
+README's table; benchmarks/forward.json keeps it.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ import numpy as np
 
 import llama
 import whisper
-from benchmarks import side_by_side, step
+from benchmarks import side_by_side, sizes
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 15
@@ -28,24 +28,24 @@ BATCH, PROMPT = 4, 512
 
 def audio() -> np.ndarray:
     """[B, S]: windows of noise."""
-    shape = BATCH, step.WHISPER.window_samples
+    shape = BATCH, sizes.WHISPER_TINY.window_samples
     return 0.1 * np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def mel() -> np.ndarray:
     """[B, F, M]"""
-    return np.asarray(whisper.log_mel(audio(), step.WHISPER.num_mel_bins))
+    return np.asarray(whisper.log_mel(audio(), sizes.WHISPER_TINY.num_mel_bins))
 
 
 def embeds() -> np.ndarray:
     """[B, L, E]"""
-    shape = BATCH, PROMPT, step.LLAMA.hidden_size
+    shape = BATCH, PROMPT, sizes.LLAMA_60M.hidden_size
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
 def log_mel(folder: Path) -> Callable[[], np.ndarray]:
     function, clips = jax.jit(whisper.log_mel, static_argnums=1), audio()
-    return lambda: np.asarray(function(clips, step.WHISPER.num_mel_bins))
+    return lambda: np.asarray(function(clips, sizes.WHISPER_TINY.num_mel_bins))
 
 
 def encoder(folder: Path) -> Callable[[], np.ndarray]:
@@ -105,7 +105,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        step.write(folder)
+        sizes.write(folder, sizes.WHISPER_TINY, sizes.LLAMA_60M)
         sides = {
             "log-mel": {
                 "here": (log_mel, folder),

@@ -1,154 +1,84 @@
 """How fast answers come: `python -m benchmarks.generate` (some ten minutes on 2 cores).
 
-Needs `pip install '.[parity]'`. All in float32, greedy, on the CPU; each figure is the median of
-several runs in which the two sides take turns, so that a noisy machine disturbs both.
+Needs `pip install '.[parity]'`. All in float32, greedy, on the CPU.
 
 1. Tokens a second of generate.generate beside transformers' generate with its cache: the same
    random weights of about 100 million parameters, the same tokens (which is checked).
 2. Time from a clip to the first token of the answer, DiVA beside the cascade of the same Whisper
    and the same LLM: the toy models on a spoken question; and random weights in the sizes of
    Whisper-base and the LLM above, the transcript being of 13 tokens (Common Voice's mean).
+
+Prints README's two tables; benchmarks/generate.json keeps them.
 """
 
-import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 import connector
-import data
 import generate
 import llama
 import whisper
+from benchmarks import side_by_side, sizes
+from runtime import recording
 
 ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_suffix(".json")
 RUNS = 7
 PROMPT, NEW = 32, 64  # tokens of each prompt and of each answer
 BATCHES = 1, 8
+QUERIES = 16, 64, 448
 HEARD = 13  # tokens of a transcript
 AROUND = 40  # tokens of the chat template and an instruction
-LLAMA = dict(
-    hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-    num_key_value_heads=4, vocab_size=32_000, max_position_embeddings=2048, rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)  # fmt: skip
-WHISPER = whisper.WhisperConfig(
-    d_model=512,
-    encoder_layers=6,
-    encoder_attention_heads=8,
-    encoder_ffn_dim=2048,
-    decoder_layers=6,
-    decoder_attention_heads=8,
-    decoder_ffn_dim=2048,
-    num_mel_bins=80,
-    max_source_positions=1500,
-    max_target_positions=448,
-    vocab_size=51_865,
-    decoder_start_token_id=50_258,
-    eos_token_id=50_257,
-)
 
 
-def take_turns(sides: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each side; the first run of each, which compiles, is not counted."""
-    times = {name: [] for name in sides}
-    for run in range(RUNS + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if run:
-                times[name].append(time.perf_counter() - start)
-    return {name: median(some) for name, some in times.items()}
+def answers(folder: Path, ids: np.ndarray) -> Callable[[], np.ndarray]:
+    """For a side: the greedy tokens that follow the prompts `ids` [B, L]."""
+    llm, lengths = llama.Llama.load(folder / "llama"), jnp.full(len(ids), ids.shape[1])
+
+    def work():
+        embeds = llm.embed(jnp.asarray(ids))
+        tokens = generate.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
+        return np.asarray(tokens)
+
+    return work
 
 
-def generation(llm: llama.Llama, theirs: transformers.LlamaForCausalLM) -> list[dict]:
-    """Tokens a second of both, for each batch size."""
-    rows = []
-    for size in BATCHES:
-        ids = np.random.default_rng(size).integers(3, LLAMA["vocab_size"], (size, PROMPT))
-        said = {}
+def generation(folder: Path, size: int) -> dict[str, Any]:
+    """Tokens a second of both, for one batch size."""
+    from benchmarks import peer  # torch: imported where it is used, so that the table needs none
 
-        def ours(ids=ids, said=said):
-            embeds, lengths = llm.embed(jnp.asarray(ids)), jnp.full(len(ids), ids.shape[1])
-            tokens = generate.generate(llm, embeds, lengths, max_new_tokens=NEW, stop_ids=(-1,))
-            said["ours"] = np.asarray(tokens)
-
-        def others(ids=ids, said=said):
-            prompt = torch.tensor(ids)
-            with torch.inference_mode():
-                tokens = theirs.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=NEW,
-                    min_new_tokens=NEW,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=0,
-                )
-            said["theirs"] = tokens[:, ids.shape[1] :].numpy()
-
-        seconds = take_turns({"ours": ours, "theirs": others})
-        same = float((said["ours"] == said["theirs"]).mean())
-        rates = {name: size * NEW / value for name, value in seconds.items()}
-        rows.append(
-            {"batch": size, **rates, "ratio": rates["ours"] / rates["theirs"], "same": same}
-        )
-    return rows
+    vocabulary = sizes.LLAMA_100M.vocab_size
+    ids = np.random.default_rng(size).integers(3, vocabulary, (size, PROMPT))
+    makers = {"ours": (answers, folder, ids), "theirs": (peer.answers, folder, ids, NEW)}
+    with side_by_side.sides(makers) as made:
+        seconds = side_by_side.take_turns(made, RUNS)
+        ours, theirs = (side.run() for side in made.values())
+    assert (ours == theirs).all(), f"{(ours == theirs).mean():.0%} of the tokens are the same"
+    rates = {name: size * NEW / median(some) for name, some in seconds.items()}
+    return {"batch": size, **rates, "ratio": side_by_side.faster(**seconds), "same": 1.0}
 
 
-def first_token(
-    diva: connector.DiVA,
-    asr: Callable[[jax.Array], list[int]],
-    audio: np.ndarray,
-    prefix: list[int],
-    suffix: list[int],
-) -> dict[str, float]:
-    """Seconds from a clip [1, S] to the first token of the answer, of DiVA and of the cascade.
-    `asr` gives the LLM's ids of the transcript."""
-    virtual_tokens = eqx.filter_jit(diva.virtual_tokens)
-    embed_turn = eqx.filter_jit(diva.embed_turn)
-    before, after = jnp.asarray(prefix), jnp.asarray(suffix)
-
-    def choose(embeds, length):
-        tokens = generate.stream(
-            diva.llm, embeds, jnp.asarray([length]), max_new_tokens=1, stop_ids=(-1,)
-        )
-        next(tokens)
-
-    def speech():
-        embeds = embed_turn(virtual_tokens(jnp.asarray(audio)), before, after)
-        choose(embeds, embeds.shape[1])
-
-    def cascade():
-        ids = [*prefix, *asr(jnp.asarray(audio)), *suffix]
-        choose(diva.llm.embed(jnp.asarray(generate.padded_row(ids))), len(ids))
-
-    return take_turns({"diva": speech, "cascade": cascade})
-
-
-def toy() -> dict:
-    """The shipped models on a spoken question."""
+def toy() -> tuple:
+    """The shipped models and a spoken question: DiVA, what transcribes, a clip [1, S], a turn."""
     diva = connector.DiVA.load(ROOT / "toy/diva")
     asr = generate.Transcriber.load(ROOT / "toy/whisper")
     chat = llama.Chat.load(ROOT / "toy/llama")
     clip = ROOT / "toy/common_voice/en/clips/toy_en_test_00000.opus"
-    audio = data.load_window(clip, diva.window_samples)
-    seconds = first_token(diva, lambda x: chat.encode(asr(x)[0]), audio, *chat.wrap())
-    return {"models": "the toy's", "queries": len(diva.connector.query_tokens), **seconds}
+    audio = recording.load_window(clip, diva.window_samples)
+    return diva, lambda x: chat.encode(asr(x)[0]), audio, chat.wrap()
 
 
-def random(llm: llama.Llama, queries: int) -> dict:
-    """Random weights: a transcript ends when it is as long as we say."""
-    asr = whisper.Whisper.init(WHISPER, jax.random.key(0))
+def random(folder: Path, queries: int) -> tuple:
+    """The same of random weights: a transcript ends when it is as long as we say."""
+    asr, llm = whisper.Whisper.load(folder / "whisper"), llama.Llama.load(folder / "llama")
     diva = connector.DiVA.create(asr, llm, queries, jax.random.key(1))
     forced = (50_258, 50_259, 50_359, 50_363)
     rules = {"forced": forced, "suppress": (50_257,), "begin_suppress": ()}
@@ -156,15 +86,44 @@ def random(llm: llama.Llama, queries: int) -> dict:
 
     def transcribe(audio: jax.Array) -> list[int]:
         tokens = np.asarray(generate.greedy(asr, audio, **rules))[0, len(forced) :]
-        return (tokens % LLAMA["vocab_size"]).tolist()
+        return (tokens % llm.config.vocab_size).tolist()
 
-    audio = 0.1 * np.random.default_rng(0).normal(size=(1, WHISPER.window_samples))
-    half = [5] * (AROUND // 2)
-    seconds = first_token(diva, transcribe, audio.astype(np.float32), half, half)
-    return {"models": "Whisper-base, 100 M LLM", "queries": queries, **seconds}
+    audio = 0.1 * np.random.default_rng(0).normal(size=(1, diva.window_samples))
+    return diva, transcribe, audio.astype(np.float32), ([5] * (AROUND // 2),) * 2
 
 
-def table(measured: dict[str, list[dict]]) -> str:
+def first_token(name: str, make: Callable[..., tuple], *arguments: Any) -> Callable[[], int]:
+    """For a side, `diva` or `cascade` of the models made: from a clip to the first token."""
+    diva, transcribe, audio, (prefix, suffix) = make(*arguments)
+    virtual_tokens = eqx.filter_jit(diva.virtual_tokens)
+    embed_turn = eqx.filter_jit(diva.embed_turn)
+    before, after = jnp.asarray(prefix), jnp.asarray(suffix)
+
+    def choose(embeds: jax.Array, length: int) -> int:
+        lengths = jnp.asarray([length])
+        return next(generate.stream(diva.llm, embeds, lengths, max_new_tokens=1, stop_ids=(-1,)))
+
+    def speech() -> int:
+        embeds = embed_turn(virtual_tokens(jnp.asarray(audio)), before, after)
+        return choose(embeds, embeds.shape[1])
+
+    def cascade() -> int:
+        ids = [*prefix, *transcribe(jnp.asarray(audio)), *suffix]
+        return choose(diva.llm.embed(jnp.asarray(generate.padded_row(ids))), len(ids))
+
+    return {"diva": speech, "cascade": cascade}[name]
+
+
+def waiting(models: str, queries: int, *make: Any) -> dict[str, Any]:
+    """Seconds from a clip to the first token of the answer, of DiVA and of the cascade."""
+    makers = {name: (first_token, name, *make) for name in ("diva", "cascade")}
+    with side_by_side.sides(makers) as made:
+        seconds = side_by_side.take_turns(made, RUNS)
+    medians = {name: median(some) for name, some in seconds.items()}
+    return {"models": models, "queries": queries, **medians}
+
+
+def table(measured: dict[str, Any]) -> str:
     """README's tables, in Markdown."""
     lines = [
         "| batch | here, tokens/s | transformers, tokens/s | ratio |",
@@ -186,18 +145,14 @@ def table(measured: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(**LLAMA, bos_token_id=1, eos_token_id=2)
-        theirs = transformers.LlamaForCausalLM(config).eval()
-        theirs.save_pretrained(folder)
-        llm = llama.Llama.load(folder)
-    measured = {"generation": generation(llm, theirs)}
-    measured["first_token"] = [toy(), *(random(llm, queries) for queries in (16, 64, 448))]
-    assert all(row["same"] == 1 for row in measured["generation"]), measured
-    file = ROOT / "benchmarks" / "generate.json"
-    file.write_text(json.dumps(measured, indent=2) + "\n")
-    print(table(measured))
+    measured: dict[str, Any] = {"machine": side_by_side.machine("jax", "torch", "transformers")}
+    with tempfile.TemporaryDirectory() as name:
+        folder, models = Path(name), "Whisper-base, 100 M LLM"
+        sizes.write(folder, sizes.WHISPER_BASE, sizes.LLAMA_100M)
+        measured["generation"] = [generation(folder, size) for size in BATCHES]
+        rows = [waiting(models, queries, random, folder, queries) for queries in QUERIES]
+    measured["first_token"] = [waiting("the toy's", 8, toy), *rows]
+    side_by_side.keep(FILE, measured, table)
 
 
 if __name__ == "__main__":

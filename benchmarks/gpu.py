@@ -3,17 +3,18 @@
 train.py's own step on random weights in the sizes of diva-8b, in bfloat16, with each response loss
 and each implementation of attention; and generate.generate at batch 1. The figures are held against
 what this very card reaches: the rate of a large matrix product, and of streaming through memory.
-Each row runs in a process of its own, with the largest of BATCHES that fits. Prints README's
-tables; benchmarks/gpu.json keeps them. It runs on any device that JAX has; with the toy's sizes
-(--asr toy/whisper --llm toy/llama) on a laptop, to try it.
+Each row runs in a process of its own; the first takes the largest of BATCHES that fits, the others
+no more than that. Prints README's tables; benchmarks/gpu.json keeps them. It runs on any device
+that JAX has; with the toy's sizes (--asr toy/whisper --llm toy/llama) on a laptop, to try it.
 """
 
 import dataclasses
+import itertools
 import json
-import math
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,40 +89,35 @@ def filled(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(fill, tree)
 
 
-def step(whisper_name: str, llm_name: str, loss: str, implementation: str) -> dict[str, Any]:
-    """Clips a second, FLOP/s and memory of the largest batch that fits."""
+def step(
+    whisper_name: str, llm_name: str, loss: str, implementation: str, most: int
+) -> dict[str, Any]:
+    """Clips a second, FLOP/s and memory of the largest of BATCHES, up to `most`, that fits."""
     attention.IMPLEMENTATION = implementation
     asr = cost.sizes_of(whisper.WhisperConfig, whisper_name)
     llm = cost.sizes_of(llama.LlamaConfig, llm_name)
-    device = jax.devices()[0]
-    room = float((device.memory_stats() or {}).get("bytes_limit", math.inf))
-    for size in BATCHES:
-        config = dataclasses.replace(
-            train.PRESETS["diva-8b"], batch_size=size, response_loss=loss, dtype="bfloat16"
-        )
+    device, room = jax.devices()[0], compiling.room_here()
+    recipe = dataclasses.replace(train.PRESETS["diva-8b"], response_loss=loss, dtype="bfloat16")
+    for size in (size for size in BATCHES if size <= most):
+        config = dataclasses.replace(recipe, batch_size=size)
         mesh = sharding.make_mesh(size, devices=[device])
-        state = train.abstract_state(config, asr, llm, mesh)
-        length = min(cost.TEXT, asr.max_target_positions)
-        batch = train.abstract_batch(config, asr.window_samples, length, mesh)
+        state, shapes = train.abstract_inputs(config, asr, llm, mesh)
         try:
-            compiled, recompute = train.compile_step(config, mesh, room, state, batch)
-        except ValueError:
-            continue  # it does not fit
-        break
-    else:
-        raise ValueError(f"not even {BATCHES[-1]} clips fit")
+            compiled, recompute = train.compile_step(config, mesh, room, state, shapes)
+            break
+        except ValueError:  # it does not fit
+            if size == BATCHES[-1]:
+                raise
     rng = np.random.default_rng(0)
     clips = {
-        "audio": rng.normal(size=(size, asr.window_samples)).astype(np.float32),
-        "ids": rng.integers(0, llm.vocab_size, (size, length)).astype(np.int32),
+        "audio": rng.normal(size=shapes["audio"].shape).astype(np.float32),
+        "ids": rng.integers(0, llm.vocab_size, shapes["ids"].shape).astype(np.int32),
         "lengths": np.full(size, cost.MEAN_TEXT, np.int32),
         "weights": np.ones(size, np.float32),
     }
     params, opt_state, frozen = state
     params, frozen = filled(params), filled(frozen)
-    opt_state = jax.tree.map(
-        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), opt_state
-    )
+    opt_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), opt_state)
     batch, times = sharding.to_devices(clips, mesh), []
     for number in range(-WARM, STEPS):
         start = time.perf_counter()
@@ -129,7 +125,7 @@ def step(whisper_name: str, llm_name: str, loss: str, implementation: str) -> di
         jax.block_until_ready(metrics)
         if number >= 0:
             times.append(time.perf_counter() - start)
-    turn = cost.PREFIX + cost.SUFFIX
+    turn, length = cost.PREFIX + cost.SUFFIX, shapes["ids"].shape[1]
     work = sum(cost.flops(asr, llm, asr.max_target_positions, turn, length).values())
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {
@@ -157,61 +153,60 @@ def generation(llm_name: str) -> dict[str, float]:
     return {"tokens": NEW / fastest(answer, repeats=5), "bytes": read}
 
 
+def alone(function: Callable, *arguments: Any) -> Any:
+    """What the function returns, in a process of its own."""
+    with side_by_side.process() as fresh:
+        return fresh.do(function, *arguments)
+
+
 def measure(whisper_name: str, llm_name: str) -> dict[str, Any]:
     """All figures; a row that fails says why."""
-
-    def alone(function: Any, *arguments: Any) -> Any:
-        with side_by_side.sides({"": (dict,)}) as made:  # a fresh process, with nothing prepared
-            return made[""].do(function, *arguments)
-
     found: dict[str, Any] = {"limits": alone(limits), "steps": []}
-    for implementation in IMPLEMENTATIONS:
-        for loss in LOSSES:
-            row = {"loss": loss, "attention": implementation}
-            try:
-                row |= alone(step, whisper_name, llm_name, loss, implementation)
-            except Exception as error:
-                row["error"] = str(error).splitlines()[0]
-            found["steps"].append(row)
-            print(json.dumps(row), flush=True)
+    most = 0  # what the first row fits: no other row tries more
+    for implementation, loss in itertools.product(IMPLEMENTATIONS, LOSSES):
+        row = {"loss": loss, "attention": implementation}
+        try:
+            tried = most or BATCHES[0]
+            row |= alone(step, whisper_name, llm_name, loss, implementation, tried)
+            most = most or row["batch"]
+        except Exception as error:
+            row["error"] = str(error).splitlines()[0]
+        found["steps"].append(row)
+        print(json.dumps(row), flush=True)
     found["generation"] = alone(generation, llm_name)
     found["machine"] = side_by_side.machine("jax")
     return found
 
 
 def table(measured: dict[str, Any]) -> str:
-    """README's tables; empty cells where nothing was measured."""
-    rows = {(row["loss"], row["attention"]): row for row in measured.get("steps", ())}
-    limits = measured.get("limits")
+    """README's tables; nothing where nothing was measured."""
+    if not measured:
+        return ""
+    limits, made = measured["limits"], measured["generation"]
     lines = [
         "| response loss | attention | clips, recomputes | step, s | clips/s | MFU % | HBM, GiB |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
-    for implementation in IMPLEMENTATIONS:
-        for loss in LOSSES:
-            row = rows.get((loss, implementation), {"error": ""})
-            cells = (
-                [row["error"], "", "", "", ""]
-                if "error" in row
-                else [
-                    f"{row['batch']}, {row['recompute']}",
-                    f"{row['seconds']:.2f}",
-                    f"{row['batch'] / row['seconds']:.1f}",
-                    f"{100 * row['flops'] / limits['flops']:.0f}",
-                    f"{row['memory'] / cost.GIB:.1f}",
-                ]
-            )
-            lines.append(f"| {loss} | {implementation} | " + " | ".join(cells) + " |")
+    for row in measured["steps"]:
+        cells = (
+            [row["error"], "", "", "", ""]
+            if "error" in row
+            else [
+                f"{row['batch']}, {row['recompute']}",
+                f"{row['seconds']:.2f}",
+                f"{row['batch'] / row['seconds']:.1f}",
+                f"{100 * row['flops'] / limits['flops']:.0f}",
+                f"{row['memory'] / cost.GIB:.1f}",
+            ]
+        )
+        lines.append("| " + " | ".join([row["loss"], row["attention"], *cells]) + " |")
+    share = made["tokens"] * made["bytes"] / limits["bandwidth"]
     lines += [
         "",
         "| generation, batch 1 | tokens/s | share of the memory's speed % |",
         "|---|--:|--:|",
+        f"| Llama-3-8B, bfloat16 | {made['tokens']:.1f} | {100 * share:.0f} |",
     ]
-    cells = ["", ""]
-    if limits:
-        rate, size = measured["generation"]["tokens"], measured["generation"]["bytes"]
-        cells = [f"{rate:.1f}", f"{100 * rate * size / limits['bandwidth']:.0f}"]
-    lines.append("| Llama-3-8B, bfloat16 | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -15,14 +15,12 @@ written, so they come from the page cache where it has room: MB/s is not that of
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -34,6 +32,7 @@ import numpy as np
 
 import llama
 import weights
+from benchmarks import side_by_side
 from runtime import cost, sharding
 
 DEVICES = 8
@@ -91,29 +90,19 @@ def write(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
             out.write((bits & 0x80FF | 0x3C00).tobytes())
 
 
-def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes that a process holds: RssAnon, RssFile, VmRSS and their peak VmHWM."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {
-        name: int(value.split()[0]) * 1024
-        for name, _, value in (line.partition(":") for line in lines)
-        if name.startswith(("Rss", "VmRSS", "VmHWM"))
-    }
-
-
 def load(folder: Path) -> dict[str, Any]:
     """Load the checkpoint over all devices: when, and what the process held before and at most."""
     mesh = sharding.make_mesh(DEVICES)
     place = functools.partial(sharding.place, mesh=mesh)
     jax.block_until_ready(place(jnp.ones((DEVICES, sharding.SMALL))))  # now the devices are up
-    before, began = memory(), time.monotonic()
+    before, began = side_by_side.memory(), time.monotonic()
     model = jax.block_until_ready(llama.Llama.load(folder, jnp.bfloat16, place))
     ended, arrays = time.monotonic(), jax.tree.leaves(model)
     return {
         "began": began,
         "ended": ended,
         "before": before,
-        "highest": memory()["VmHWM"],
+        "highest": side_by_side.memory()["VmHWM"],
         "model": sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards),
         "largest": max(x.nbytes // len(names) for x, names, _ in weights.names_of(model)),
     }
@@ -124,11 +113,11 @@ def elsewhere(function: Callable, folder: Path) -> tuple[Any, list[tuple[float, 
 
     Watched from here: a thread beside it would wait while it holds the interpreter's lock.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pid = pool.submit(os.getpid).result()
-        job, samples = pool.submit(function, folder), []
+    with side_by_side.process() as fresh:
+        pid = fresh.do(os.getpid)
+        job, samples = fresh.pool.submit(function, folder), []
         while not job.done():
-            samples.append((time.monotonic(), memory(pid)))
+            samples.append((time.monotonic(), side_by_side.memory(pid)))
             time.sleep(0.005)
         return job.result(), samples
 

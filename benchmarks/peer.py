@@ -117,6 +117,21 @@ def prefill(folder: Path, embeds: np.ndarray) -> Callable[[], np.ndarray]:
     return work
 
 
+def answers(folder: Path, ids: np.ndarray, new: int) -> Callable[[], np.ndarray]:
+    """The `new` greedy tokens that follow each of the prompts `ids` [B, L], with a cache."""
+    path = folder / "llama"
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = torch.tensor(ids)
+    rules = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True}
+    rules |= {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+
+    def work():
+        with torch.inference_mode():
+            return model.generate(prompts, **rules)[:, ids.shape[1] :].numpy()
+
+    return work
+
+
 def losses_of(folder: Path, batch: dict[str, np.ndarray], compiled: bool = False):
     """A DiVA, its trained parameters by published name, and the losses of it on `batch`."""
     diva = DiVA(folder)

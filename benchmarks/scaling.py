@@ -6,11 +6,11 @@ computes, holds and sends. This says nothing of time, only that the work is divi
 repeated. Prints README's table; benchmarks/scaling.json keeps it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import train
+from benchmarks import side_by_side
 from runtime import compiling, cost
 
 FILE = Path(__file__).with_suffix(".json")
@@ -52,12 +52,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    rows = []
-    for name in SLICES:
-        rows.append(measure(name))
-        print(json.dumps(rows[-1]), flush=True)
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    side_by_side.keep_each(FILE, (measure(name) for name in SLICES), table)
 
 
 if __name__ == "__main__":

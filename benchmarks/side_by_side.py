@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +20,26 @@ from statistics import median
 from typing import Any
 
 MIB = 2.0**20
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 _work: Callable[[], Any]  # of a side, in its process
 _before = 0  # bytes that the process held when its libraries were loaded, and nothing else
 
 
-def held(name: str) -> int:
-    """Bytes of memory of this process: VmRSS now, VmHWM at most since `CLEAR` was written to."""
-    lines = STATUS.read_text().splitlines() if STATUS.is_file() else [f"{name}: 0"]
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+def memory(pid: int | str = "self") -> dict[str, int]:
+    """Bytes that a process holds: RssAnon, RssFile, and as VmRSS both; VmHWM at most so far, or
+    since `CLEAR` was written to. Nothing but on Linux."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in (line.partition(":") for line in lines)
+        if name in ("RssAnon", "RssFile", "VmRSS", "VmHWM")
+    }
 
 
 def _make(make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
     global _work, _before
-    _before = held("VmRSS")
+    _before = memory().get("VmRSS", 0)
     _work = make(*arguments)
 
 
@@ -52,7 +58,7 @@ def _peak() -> int:
     ctypes.CDLL(None).malloc_trim(0)  # what is free, and only kept, is no need of the work
     CLEAR.write_text("5")  # VmHWM becomes what is held now
     _work()
-    return held("VmHWM") - _before
+    return memory()["VmHWM"] - _before
 
 
 class Side:
@@ -81,6 +87,13 @@ def sides(makers: dict[str, tuple]) -> Iterator[dict[str, Side]]:
     finally:
         for side in made.values():
             side.pool.shutdown()
+
+
+@contextmanager
+def process() -> Iterator[Side]:
+    """A fresh process, with nothing prepared."""
+    with sides({"": (dict,)}) as made:
+        yield made[""]
 
 
 def take_turns(made: dict[str, Side], runs: int, warm: int = 2) -> dict[str, list[float]]:
@@ -117,3 +130,13 @@ def keep(file: Path, measured: dict[str, Any], table: Callable[[dict], str]) -> 
     """Write what was measured to its JSON, and print README's table of it and the machine."""
     file.write_text(json.dumps(measured, indent=1) + "\n")
     print(table(measured) + "\n\n" + measured["machine"])
+
+
+def keep_each(file: Path, rows: Iterable[dict], table: Callable[[list], str]) -> None:
+    """Write and print each row as soon as it is known; then print README's table of them."""
+    known = []
+    for row in rows:
+        known.append(row)
+        print(json.dumps(row), flush=True)
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    print(table(known))

@@ -4,10 +4,10 @@ Compiles the published recipe for slices of TPUs, without one (pip install '.[tp
 README's table. What was measured is kept in benchmarks/slices.json.
 """
 
-import json
 from pathlib import Path
 
 import train
+from benchmarks import side_by_side
 from runtime import compiling, cost
 
 FILE = Path(__file__).with_suffix(".json")
@@ -69,12 +69,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    rows = []
-    for preset, name in SLICES:
-        rows.append(measure(preset, name))
-        print(json.dumps(rows[-1]), flush=True)
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    side_by_side.keep_each(FILE, (measure(*row) for row in SLICES), table)
 
 
 if __name__ == "__main__":

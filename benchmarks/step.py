@@ -8,7 +8,6 @@ benchmarks/step.json keeps it.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,57 +23,13 @@ import connector
 import llama
 import train
 import weights
-import whisper
-from benchmarks import side_by_side
+from benchmarks import side_by_side, sizes
 from runtime import cost, files, sharding
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
 RUNS = {"the toy's": 60, "Whisper-tiny, 60 M LLM": 9}
 AGREE = 1e-4  # relative, of a loss and of the gradient of a tensor
-WHISPER = whisper.WhisperConfig(  # whisper-tiny's sizes
-    d_model=384,
-    encoder_layers=4,
-    encoder_attention_heads=6,
-    encoder_ffn_dim=1536,
-    decoder_layers=4,
-    decoder_attention_heads=6,
-    decoder_ffn_dim=1536,
-    num_mel_bins=80,
-    max_source_positions=1500,
-    max_target_positions=448,
-    vocab_size=51_865,
-    decoder_start_token_id=50_258,
-    eos_token_id=50_257,
-)
-LLAMA = llama.LlamaConfig(  # 61 million parameters
-    hidden_size=512,
-    intermediate_size=1536,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    vocab_size=48_000,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-5,
-    rope_theta=500_000.0,
-    tie_word_embeddings=True,
-)
-
-
-def write(folder: Path) -> Path:
-    """A DiVA folder of random weights in the sizes above, beside its Whisper and its Llama."""
-    asr = whisper.Whisper.init(WHISPER, jax.random.key(0))
-    llm = llama.Llama.init(LLAMA, jax.random.key(1))
-    for name, model, kind, start in (
-        ("whisper", asr, "whisper", "model."),
-        ("llama", llm, "llama", ""),
-    ):
-        weights.save(model, folder / name, prefix=start)
-        config = {"model_type": kind} | dataclasses.asdict(model.config)
-        (folder / name / "config.json").write_text(json.dumps(config))
-    diva = connector.DiVA.create(asr, llm, None, jax.random.key(2))
-    diva.save(folder / "diva", str(folder / "whisper"), str(folder / "llama"))
-    return folder / "diva"
 
 
 def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
@@ -105,11 +59,8 @@ def state(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> t
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
     mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
     diva = sharding.place(connector.DiVA.load(folder), mesh)
-    params, frozen = eqx.partition(diva, connector.trainable(diva))
-    frozen = train.Frozen(frozen, jnp.asarray(batch["prefix"]), jnp.asarray(batch["suffix"]), None)
-    opt_state = jax.jit(train.make_optimizer(train.recipe_of(config)).init)(params)
-    names = ("audio", "ids", "lengths", "weights")
-    return mesh, (params, opt_state, frozen), {name: batch[name] for name in names}
+    before = train.state_of(config, diva, (batch["prefix"], batch["suffix"]), mesh)
+    return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
 
 
 def gradient(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
@@ -233,8 +184,9 @@ def main() -> None:
     toy = tuple(map(tuple, llama.Chat.load(ROOT / "toy" / "llama").wrap()))
     rows.append(measure("the toy's", "toy", ROOT / "toy" / "diva", 16, toy))
     with tempfile.TemporaryDirectory() as name:
-        turn = [5] * cost.PREFIX, [6] * cost.SUFFIX
-        rows.append(measure("Whisper-tiny, 60 M LLM", "diva-1b", write(Path(name)), 4, turn))
+        sizes.write(Path(name), sizes.WHISPER_TINY, sizes.LLAMA_60M)
+        turn, folder = ([5] * cost.PREFIX, [6] * cost.SUFFIX), Path(name) / "diva"
+        rows.append(measure("Whisper-tiny, 60 M LLM", "diva-1b", folder, 4, turn))
     machine = side_by_side.machine("jax", "torch", "transformers")
     side_by_side.keep(FILE, {"machine": machine, "rows": rows}, table)
 

@@ -1,4 +1,4 @@
-"""What the toy universe shows: `python -m benchmarks.toy` (about an hour on 2 cores).
+"""What the toy universe shows: `python -m benchmarks.toy` (about 45 minutes on 2 cores).
 
 Runs the default command with three seeds and each ablation with one, evaluates all of them and the
 shipped student on the test split, and prints README's two tables. A run that is finished is not

@@ -1,0 +1,63 @@
+"""Sizes of the models that are measured with random weights, and the folders that hold them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+import connector
+import llama
+import weights
+import whisper
+from runtime import cost
+
+
+def _whisper(width: int, layers: int) -> whisper.WhisperConfig:
+    """One of the published sizes before large-v3, whose heads are all 64 wide."""
+    return dataclasses.replace(
+        cost.PUBLISHED["openai/whisper-large-v3"],
+        d_model=width,
+        encoder_layers=layers,
+        encoder_attention_heads=width // 64,
+        encoder_ffn_dim=4 * width,
+        decoder_layers=layers,
+        decoder_attention_heads=width // 64,
+        decoder_ffn_dim=4 * width,
+        num_mel_bins=80,
+        vocab_size=51_865,
+    )
+
+
+WHISPER_TINY, WHISPER_BASE = _whisper(384, 4), _whisper(512, 6)
+LLAMA_60M = llama.LlamaConfig(
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=48_000,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=500_000.0,
+    tie_word_embeddings=True,
+)
+LLAMA_100M = dataclasses.replace(
+    LLAMA_60M,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_attention_heads=12,
+    vocab_size=32_000,
+)
+
+
+def write(folder: Path, asr_sizes: whisper.WhisperConfig, llm_sizes: llama.LlamaConfig) -> None:
+    """Random weights: folder/whisper, folder/llama, and folder/diva, which is made of the two."""
+    asr = whisper.Whisper.init(asr_sizes, jax.random.key(0))
+    llm = llama.Llama.init(llm_sizes, jax.random.key(1))
+    for kind, model, prefix in (("whisper", asr, "model."), ("llama", llm, "")):
+        weights.save(model, folder / kind, prefix)
+        config = {"model_type": kind} | dataclasses.asdict(model.config)
+        (folder / kind / "config.json").write_text(json.dumps(config))
+    diva = connector.DiVA.create(asr, llm, None, jax.random.key(2))
+    diva.save(folder / "diva", str(folder / "whisper"), str(folder / "llama"))

@@ -1,0 +1,88 @@
+"""benchmarks/README.md says what is so: its tables were measured, its commands are there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compiling, forward, generate, gpu, loss, scaling, step
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def read(module) -> dict | list:
+    """What a benchmark has measured; nothing, where it has not been run."""
+    return json.loads(module.FILE.read_text()) if module.FILE.is_file() else {}
+
+
+def test_every_command_is_there_and_is_named():
+    """The commands of the index are the files with a main, and no text names another."""
+    files = {file.stem for file in FOLDER.glob("*.py") if "__main__" in file.read_text()}
+    command = r"`python -m benchmarks\.(\w+)`"
+    assert set(re.findall("^\\| " + command, README, re.MULTILINE)) == files
+    assert set(re.findall(command, README)) == files and len(files) > 10
+    for name in files:  # each names itself first
+        opening = (FOLDER / f"{name}.py").read_text().splitlines()[0]
+        assert f"`python -m benchmarks.{name}`" in opening
+    assert all((FOLDER / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", README))
+
+
+@pytest.mark.parametrize("module", [generate, step, forward, loss, compiling, scaling, gpu])
+def test_the_tables_are_what_was_measured(module):
+    """Each is what its benchmark prints from its JSON, on the processor that README names."""
+    measured = read(module)
+    for table in module.table(measured).split("\n\n"):
+        assert table in README
+    if "machine" in measured and module is not gpu:
+        assert measured["machine"].partition(";")[0] in " ".join(README.split())
+
+
+def test_what_was_compared_agrees():
+    """Losses and gradients of the step, outcomes of the forward passes, both KLs, the tokens."""
+    for row in read(step)["rows"]:
+        assert row["agreement"]["tensors"] == 102
+        assert max(row["agreement"]["losses"], row["agreement"]["gradients"]) <= 1e-5
+    assert all(row["apart"] <= 1e-4 for row in read(forward)["rows"])
+    assert read(loss)["agreement"] <= 1e-4
+    assert all(row["same"] == 1 for row in read(generate)["generation"])
+
+
+def test_the_work_of_a_chip_falls_as_their_number_rises():
+    """Of 1, 8, 64 and 128 chips: what all of them compute is what one would, to 4 %."""
+    rows = read(scaling)
+    assert [row["chips"] for row in rows] == [1, 8, 64, 128]
+    for row in rows:
+        assert row["flops"] * row["chips"] == pytest.approx(rows[0]["flops"], rel=0.04)
+
+
+def test_the_program_does_not_grow_with_the_layers():
+    """The toy's step with twice the layers in every stack has the same lines of StableHLO."""
+    lines = {len(compiling.lower("toy", times).as_text().splitlines()) for times in (1, 2)}
+    assert len(lines) == 1
+    for preset in ("toy", "diva-8b"):
+        rows = [row for row in read(compiling)["rows"] if row["preset"] == preset]
+        assert len(rows) == len(compiling.DEPTHS) and len({row["lines"] for row in rows}) == 1
+
+
+def test_the_gpus_batch_is_searched_for_once(monkeypatch):
+    """The first row that fits says what the others begin with; one that fails says why, and shows
+    it in the table, which is empty where nothing was measured."""
+    tried = []
+
+    def alone(function, *arguments):
+        if function is not gpu.step:
+            return {"flops": 1e15, "bandwidth": 3e12, "tokens": 100.0, "bytes": 15e9}
+        tried.append(arguments[-1])
+        if len(tried) == 1:
+            raise RuntimeError("no cuDNN\nat all")
+        return {"batch": 48, "recompute": "layers", "seconds": 1.5, "flops": 4e14, "memory": 2**36}
+
+    monkeypatch.setattr(gpu, "alone", alone)
+    table = gpu.table(gpu.measure("a Whisper", "a Llama")).splitlines()
+    assert tried == [128, 128, 48, 48, 48, 48]
+    assert table[2] == "| l2 | xla | no cuDNN |  |  |  |  |"
+    assert table[3] == "| gram | xla | 48, layers | 1.50 | 32.0 | 40 | 64.0 |"
+    assert table[-1] == "| Llama-3-8B, bfloat16 | 100.0 | 50 |"
+    assert gpu.table({}) == ""
