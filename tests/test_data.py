@@ -120,27 +120,31 @@ def test_rows_without_a_path_or_a_sentence_are_left_out_and_named(voice, caplog)
         "\ttwo",
         "b.mp3\t  ",
         "b.mp3",
+        " \t",
+        "b.mp3\t\xa0",
         "b.mp3\tfive",
     )
     clips = data.read_clips(voice)
     assert [clip.text for clip in clips] == ["one", "five"]
+    file, why = voice / "train.tsv", "without a path or a text"
     assert [r.getMessage() for r in caplog.records] == [
-        f"{voice / 'train.tsv'}:{line}: no path or no sentence: left out" for line in (3, 4, 5)
+        f"{voice}: left out 4 of 6: 3 {why}, 1 not of 2 fields; "
+        f"first {file}:3 ({why}), {file}:4 ({why}), {file}:5 (not of 2 fields)"
     ]
 
 
 @pytest.mark.parametrize(
     ("header", "absent", "found"),
     [
-        ("client_id,path,sentence", "path or sentence", "found client_id,path,sentence."),
-        ("path\ttext", "sentence", "found path, text."),
-        ("", "path or sentence", "found nothing."),
+        ("client_id,path,sentence", "path or sentence", "found client_id,path,sentence;"),
+        ("path\ttext", "sentence", "found path, text;"),
+        ("", "path or sentence", "found nothing;"),
     ],
 )
 def test_wrong_columns_are_refused_with_those_that_are_there(voice, header, absent, found):
     file = voice / "train.tsv"
     file.write_text(header)
-    say = f"{file}:1: no column {absent}; {found} Expected Common Voice's tab-separated header"
+    say = f"{file}:1: no column {absent}; {found} expected a table with path, sentence. Download"
     refused(ValueError, partial(data.read_clips, voice), say)
 
 
@@ -209,7 +213,7 @@ def test_another_split_does_not_stand_in_for_a_missing_one(libri):
     )
 
 
-@pytest.mark.parametrize("line", ["84-7-0001", "84-7-0001 ", ""])
+@pytest.mark.parametrize("line", ["84-7-0001", "84-7-0001 "])
 def test_a_transcript_line_without_a_text_is_refused(libri, line):
     file = write_lines(libri / "dev-clean/84/7/84-7.trans.txt", "84-7-0000 A", line, "84-7-0002 B")
     say = f"{file}:2: {line!r}; expected an id, a space and a text"
@@ -244,8 +248,8 @@ GOOD = '{"audio": "a.mp3", "text": "hello"}'
         '{"audio": "a.mp3"}',
         '{"text": "hello"}',
         '{"audio": 3, "text": "hello"}',
-        '{"audio": "a.mp3", "text": null}',
-        "[]",
+        '{"audio": "a.mp3", "text": 3}',
+        '{"audio": "a.mp3", "text": ["hello"]}',
     ],
 )
 def test_a_manifest_line_without_audio_or_text_is_refused_with_its_number(tmp_path, line):
@@ -272,12 +276,8 @@ def test_a_path_that_is_no_data_is_refused(tmp_path):
     empty.write_text("\n")
     refused(ValueError, partial(data.read_clips, empty), f"{empty}: split 'train' lists no clip")
     sound = write_audio(tmp_path / "a.flac", tone(440, 0.1))
-    say = "no text in UTF-8 ('utf-8' codec"
-    refused(ValueError, partial(data.read_clips, sound), f"{sound}: {say}", "expected a text file")
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "train.tsv").write_bytes("path\tsentence\na.mp3\tgrün\n".encode("latin-1"))
-    say = say.replace("no text", "not text")
-    refused(ValueError, partial(data.read_clips, tmp_path), f"{tmp_path}: {say}")
+    say = f"{sound}:1: no text in UTF-8; expected a text file"
+    refused(ValueError, partial(data.read_clips, sound), say)
 
 
 # ------------------------------------------------------------------------------------------- audio
@@ -475,12 +475,13 @@ def test_durations_come_from_the_headers_otherwise(voice):
     assert data.seconds_of(clips) == pytest.approx([0.25, 2.5, 0, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2"])
-def test_a_damaged_table_of_durations_is_refused_with_its_line(voice, row):
-    file = write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500", row)
-    say = "expected a file name and milliseconds. Unpack the corpus again, or remove the table"
-    action = partial(data.seconds_of, data.read_clips(voice))
-    refused(ValueError, action, f"{file}:3: ", say)
+@pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2", "a.mp3\t-5", "a.mp3\t"])
+def test_a_clip_without_a_duration_in_the_table_is_opened(voice, row, caplog):
+    """A damaged row is named, and costs no more than the header of its clip."""
+    file = write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", row, "b.mp3\t2500")
+    assert data.seconds_of(data.read_clips(voice)) == [0.25, 2.5]
+    assert "clips will be opened, for want of a duration: 1 " in caplog.text
+    assert f"first {file}:2 (" in caplog.text
 
 
 @pytest.fixture

@@ -440,13 +440,17 @@ def test_a_damaged_table_is_refused_with_its_line(covost):
     read = partial(suites.read_covost, folder, common_voice=voice, languages=["de"])
     file = folder / "covost_v2.en_de.tsv"
     put(file, "path\ttranslation\tsplit\na.mp3\tx\ttest\nb.mp3\tone\ttab too many\ttest\n")
-    refused(ValueError, read, f"{file}:3: expected 3 fields, path, translation, split")
+    refused(
+        ValueError,
+        read,
+        f"{file}:3: not of 3 fields; expected a table with path, translation",
+    )
     put(file, "path\ttranslation\tsplit\na.mp3\tx\n")
-    refused(ValueError, read, f"{file}:2: expected 3 fields")
+    refused(ValueError, read, f"{file}:2: not of 3 fields")
     put(file, "path,translation,split\na.mp3,x,test\n")
     refused(ValueError, read, f"{file}:1: no column path or translation or split")
     put(file, b"path\ttranslation\tsplit\na.mp3\tx\ttest\nb.mp3\t" + b"\xe4\ttest\n")
-    refused(ValueError, read, file, "can't decode byte 0xe4")
+    refused(ValueError, read, f"{file}:3: no text in UTF-8")
     put(file, "path\ttranslation\tsplit\nnowhere.mp3\tx\ttest\n")
     refused(ValueError, read, folder, "nothing to ask (left out: 1 not in validated.tsv")
     (voice / "validated.tsv").unlink()
@@ -664,9 +668,11 @@ def test_mustard_without_audio_or_with_other_labels_is_refused(mustard):
     refused(ValueError, partial(read, audio=videos), videos, "1 videos (1_60.mp4", "ffmpeg")
     put(file, json.dumps({"1_60": {"utterance": "Hm.", "sarcasm": "no"}}))
     refused(ValueError, read, f"{file}: '1_60' has utterance 'Hm.' and sarcasm 'no'")
-    for content in ("{", "[1]", '{"1_60": 3}'):
+    for content, say in (("{", "not valid JSON"), ("[1]", "holds a list; expected a JSON object")):
         put(file, content)
-        refused(ValueError, read, f"{file}: no JSON object of objects")
+        refused(ValueError, read, f"{file}: {say}")
+    put(file, '{"1_60": 3}')
+    refused(ValueError, read, f"{file}: '1_60' has utterance None and sarcasm None")
     file.unlink()
     refused(FileNotFoundError, read, mustard / "data/sarcasm_data.json or sarcasm_data.json")
 
@@ -864,12 +870,12 @@ def test_a_manifest_gives_one_example_a_line(tmp_path):
         ('"a"', "no JSON object"),
         ('{"answer": "x"}', "wrong or missing: audio;"),
         ('{"audio": "a.wav"}', "wrong or missing: answers;"),
-        ('{"audio": "a.wav", "answers": []}', "wrong or missing: answers;"),
+        ('{"audio": "", "answer": "x"}', "wrong or missing: audio;"),
         ('{"audio": "a.wav", "answers": "Ada"}', "wrong or missing: answers;"),
         ('{"audio": "a.wav", "answers": ["Ada", 3]}', "wrong or missing: answers;"),
         ('{"audio": "a.wav", "answer": 3}', "wrong or missing: answer;"),
         ('{"audio": "a.wav", "answer": "a", "answers": ["a"]}', "answer and answers together"),
-        ('{"audio": "a.wav", "answer": "a", "text": null}', "wrong or missing: text;"),
+        ('{"audio": "a.wav", "answer": "a", "text": 0}', "wrong or missing: text;"),
         ('{"audio": "a.wav", "answer": "a", "group": 1}', "wrong or missing: group;"),
         ('{"audio": "a.wav", "answer": "a", "language": "xx"}', "wrong or missing: language;"),
     ],
