@@ -79,7 +79,7 @@ def unpacked(sound: dict[str, Any] | None, folder: Path, name: str) -> str:
 
 def references(found: Any) -> tuple[str, ...]:
     """Each once, without what stands for none; of texts, spans, or spans in SQuAD's own form."""
-    texts = found["text"] if isinstance(found, dict) else found or ()
+    texts = (found["text"] if isinstance(found, dict) else found) or ()
     texts = [text["text"] if isinstance(text, dict) else text for text in texts]
     once = dict.fromkeys(text.strip() for text in texts if text)
     return tuple(text for text in once if text.lower() not in ("", "n/a"))
