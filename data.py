@@ -9,7 +9,7 @@ which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opu
 threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
 and reported. Run it to see what a corpus holds:  python data.py cv/en
 
-Annex: runtime/recording.py decodes a file to 16 kHz mono; runtime/files.py reads lines of JSON, and
+Annex: runtime/recording.py decodes a file to 16 kHz mono; runtime/files.py reads the lists, and
 keeps what a clip's header said for the next start.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
@@ -17,7 +17,6 @@ Reads: nothing of ours.   Read next: train.py.
 """
 
 import collections
-import csv
 import dataclasses
 import functools
 import logging
@@ -63,94 +62,84 @@ def read_clips(path: str | Path, split: str = "train") -> list[Clip]:
 
     Raises FileNotFoundError or ValueError that names file and line.
     """
-    path = Path(path)
-    kinds = (
-        "a Common Voice folder (SPLIT.tsv and clips/), a LibriSpeech folder (*.trans.txt) or a "
-        "JSONL manifest. Check --data."
-    )
-    try:
-        if path.is_file():
-            clips = _read_manifest(path)
-        elif (path / f"{split}.tsv").is_file():
-            clips = _read_common_voice(path, path / f"{split}.tsv")
-        elif path.is_dir():
-            clips = _read_librispeech(path, split)
+    path, clips, bad = Path(path), [], []
+    if path.is_file():
+        rows = _manifest_rows(path)
+    elif (path / f"{split}.tsv").is_file():
+        rows = _common_voice_rows(path / f"{split}.tsv", bad)
+    elif path.is_dir():
+        rows = _librispeech_rows(path, split)
+    else:
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; expected a Common Voice folder (SPLIT.tsv and "
+            "clips/), a LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data."
+        )
+    for where, folder, audio, text, meta in rows:
+        if not audio.strip() or not text.strip():
+            bad.append((where, "without a path or a text"))
+        elif files.of_macos(audio):
+            bad.append((where, "of macOS (._*), no recording"))
         else:
-            raise FileNotFoundError(f"{path}: no such file or folder; expected {kinds}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error}); expected {kinds}") from error
+            clips.append(Clip(files.beside(folder, audio), text.strip(), meta))
+    files.warn_left_out(path, bad, clips)
     if not clips:
         raise ValueError(f"{path}: split {split!r} lists no clip; expected at least one.")
     return clips
 
 
-def _read_common_voice(folder: Path, file: Path) -> list[Clip]:
+# (FILE:LINE, the folder that the path is relative to, path, text, what else is known) of each row
+Rows = Iterator[tuple[str, str | Path, str, str, dict[str, str]]]
+
+
+def _common_voice_rows(file: Path, bad: list[tuple[str, str]]) -> Rows:
     """Any version's TSV: columns by name; no quoting, since sentences hold bare quotes."""
-    if not (folder / "clips").is_dir():
+    folder, same = file.parent / "clips", {}  # equal strings (speaker, accent, ...) are held once
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder / 'clips'} is missing; expected the folder of audio that {file.name} names. "
+            f"{folder} is missing; expected the folder of audio that {file.name} names. "
             "Unpack the whole corpus."
         )
-    clips, same = [], {}  # equal strings (speaker, accent, ...) are held once
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        found = reader.fieldnames or []
-        if absent := [name for name in ("path", "sentence") if name not in found]:
-            raise ValueError(
-                f"{file}:1: no column {' or '.join(absent)}; found "
-                f"{', '.join(found) or 'nothing'}. Expected Common Voice's tab-separated header "
-                "with path and sentence."
-            )
-        for row in reader:
-            if not row["path"] or not row["sentence"] or not row["sentence"].strip():
-                log.warning("%s:%d: no path or no sentence: left out", file, reader.line_num)
-                continue
-            meta = {k: v for k, v in row.items() if k and v and k not in ("path", "sentence")}
-            if "accent" in meta:  # older versions
-                meta["accents"] = meta.pop("accent")
-            meta = {k: same.setdefault(v, v) for k, v in meta.items()}
-            audio = os.path.join(folder, "clips", row["path"])
-            clips.append(Clip(audio, row["sentence"].strip(), meta))
-    return clips
+    for where, row in files.table(file, ["path", "sentence"], bad, **files.TSV):
+        audio, text = row.pop("path"), row.pop("sentence")
+        if "accent" in row:  # older versions
+            row["accents"] = row.pop("accent")
+        meta = {k: same.setdefault(v, v) for k, v in row.items() if k and v}
+        yield where, folder, audio, text, meta
 
 
-def _read_librispeech(folder: Path, split: str) -> list[Clip]:
+def _librispeech_rows(folder: Path, split: str) -> Rows:
     """*.trans.txt lines `ID TEXT` beside ID.flac; `folder` holds the split, or is one itself."""
     if (folder / split).is_dir():
-        files = (folder / split).rglob("*.trans.txt")
+        found = files.listed(folder / split, "**/*.trans.txt")
     else:  # SPEAKER/CHAPTER/ and no deeper: another split never stands in for a missing one
-        files = folder.glob("*/*/*.trans.txt")
-    clips = []
-    for file in sorted(files):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            name, _, text = line.partition(" ")
-            if not text.strip():
-                raise ValueError(f"{file}:{number}: {line!r}; expected an id, a space and a text.")
-            meta = {"speaker": name.split("-")[0]}
-            clips.append(Clip(str(file.parent / f"{name}.flac"), text.strip(), meta))
-    if not clips:
-        splits = sorted(p.stem for p in folder.glob("*.tsv"))
+        found = files.listed(folder, "*/*/*.trans.txt")
+    if not found:
+        splits = [p.stem for p in files.listed(folder, "*.tsv")]
         splits += sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "clips")
         raise FileNotFoundError(
             f"{folder}: no split {split!r}: neither {split}.tsv (Common Voice) nor *.trans.txt "
             f"(LibriSpeech); found {', '.join(splits) or 'nothing of the kind'}. "
             "Check --data and --split."
         )
-    return clips
+    for file in found:
+        for where, line in files.text_lines(file):
+            name, _, text = line.partition(" ")
+            if not text.strip():
+                raise ValueError(f"{where}: {line!r}; expected an id, a space and a text.")
+            yield where, file.parent, f"{name}.flac", text, {"speaker": name.split("-")[0]}
 
 
-def _read_manifest(file: Path) -> list[Clip]:
+def _manifest_rows(file: Path) -> Rows:
     """One JSON object a line: audio (relative to the manifest), text, and anything else."""
-    clips = []
     for where, row in files.json_lines(file):
-        if not all(isinstance(row.get(k), str) for k in ("audio", "text")):
+        values = [row.pop(key, 0) for key in ("audio", "text")]
+        if not all(isinstance(value, str | None) for value in values):
             raise ValueError(
                 f"{where}: no audio or no text; expected an object with both as strings, "
                 'such as {"audio": "a.mp3", "text": "hello"}.'
             )
-        meta = {k: str(v) for k, v in row.items() if k not in ("audio", "text")}
-        clips.append(Clip(str(file.parent / row["audio"]), row["text"], meta))
-    return clips
+        audio, text = (value or "" for value in values)
+        yield where, file.parent, audio, text, {key: str(value) for key, value in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,21 +159,17 @@ def seconds_of(clips: list[Clip]) -> list[float]:
 
 
 def _seconds_by_table(clips: list[Clip]) -> dict[str, float]:
-    known = {}
+    known, bad = {}, []
     for folder in {os.path.dirname(os.path.dirname(clip.audio)) for clip in clips}:
         if (table := Path(folder, "clip_durations.tsv")).is_file():
-            with table.open(encoding="utf-8", newline="") as lines:
-                rows = csv.reader(lines, delimiter="\t")
-                next(rows, None)
-                try:
-                    known |= {
-                        os.path.join(folder, "clips", name): int(ms) / 1000 for name, ms in rows
-                    }
-                except ValueError as error:
-                    raise ValueError(
-                        f"{table}:{rows.line_num}: {error}; expected a file name and milliseconds. "
-                        "Unpack the corpus again, or remove the table to measure the clips."
-                    ) from error
+            for where, row in files.table(table, (), bad, **files.TSV):
+                name, ms, *_ = [*row.values(), "", ""]
+                if ms.isdecimal():
+                    known[os.path.join(folder, "clips", name)] = int(ms) / 1000
+                else:
+                    bad.append((where, "without milliseconds"))
+    if bad:
+        log.warning("clips will be opened, for want of a duration: %s", files.left_out(bad))
     return known
 
 
@@ -210,7 +195,8 @@ class Corpus:
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
         text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in self.clips)
-        return {"clips": len(self.clips), "crc32": zlib.crc32(text.encode())}
+        content = text.encode("utf-8", "surrogatepass")  # a file's name need not be UTF-8
+        return {"clips": len(self.clips), "crc32": zlib.crc32(content)}
 
     def left_out(self) -> str:
         """How many, and why."""

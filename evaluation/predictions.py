@@ -130,8 +130,7 @@ def read_predictions(source: str, items: list[Item]) -> tuple[str, list[str | No
             raise ValueError(f"{where}: a second answer to {place}; expected one. Remove one.")
         if "key" in line:
             keys[place] = line["key"]
-        # JSON can hold halves of letters, which cannot be written
-        found[place] = None if answer is None else answer.encode("utf-8", "replace").decode()
+        found[place] = answer
     answers = [found.get((item.task, item.example.id)) for item in items]
     known = {(item.task, item.example.id) for item in items}
     if lacking := sum((item.task, item.example.id) not in found for item in items):

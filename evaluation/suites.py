@@ -17,10 +17,8 @@ Reads: unpack.py.   Read next: tasks.py.
 
 import codecs
 import collections
-import csv
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -30,7 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.unpack import find, present, read_pickle, unpacked, wavs
+from evaluation.unpack import (
+    find,
+    present,
+    read_pickle,
+    references,
+    tydi_references,
+    unpacked,
+    wavs,
+)
 from runtime import files
 
 DIALECTS = tuple("aus gbr ind_n ind_s irl kenya nga nzl phl usa zaf".split())  # SD-QA's folders
@@ -58,30 +64,34 @@ class Example:
     language: str = ""  # of the answers, if they are translations: a key of LANGUAGES
 
 
-def reader(read: Callable[..., Iterator[Example | str]]) -> Callable[..., list[Example]]:
-    """Of a generator of examples and of reasons to leave a row out, make a function that returns
-    the examples, warns of what was left out and of missing audio, and refuses an empty set.
+# What is asked, or (where it stands, why it is left out)
+Rows = Iterator[Example | tuple[str, str]]
+
+
+def reader(read: Callable[..., Rows]) -> Callable[..., list[Example]]:
+    """Of a generator of examples and of what is left out, make a function that returns the
+    examples, warns of what was left out and of missing audio, and refuses an empty set.
 
     An id that comes again gets a number, so that every clip has one of its own.
     """
 
     @functools.wraps(read)
     def wrapped(path: str | Path, /, *args: Any, **kwargs: Any) -> list[Example]:
-        rows, seen, examples = list(read(Path(path), *args, **kwargs)), collections.Counter(), []
-        for row in rows:
+        seen, examples, bad = collections.Counter(), [], []
+        for row in read(Path(path), *args, **kwargs):
             if isinstance(row, Example):
                 seen[row.id] += 1
                 name = row.id if seen[row.id] == 1 else f"{row.id}#{seen[row.id]}"
                 examples.append(dataclasses.replace(row, id=name))
-        reasons = collections.Counter(row for row in rows if isinstance(row, str))
-        counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or "nothing"
+            else:
+                bad.append(row)
         if not examples:
+            why = files.left_out(bad) if bad else "nothing"
             raise ValueError(
-                f"{path}: nothing to ask (left out: {counts}); expected at least one clip with a "
+                f"{path}: nothing to ask (left out: {why}); expected at least one clip with a "
                 "reference. Check the path and the split."
             )
-        if reasons:
-            log.warning("%s: left out %d of %d: %s", path, reasons.total(), len(rows), counts)
+        files.warn_left_out(path, bad, examples)
         if absent := [e.audio for e in examples if not os.path.isfile(e.audio)]:
             log.warning(
                 "%s: the audio of %d of %d clips is missing and will count as wrong, first %s",
@@ -105,27 +115,23 @@ def sample(items: Sequence, most: int) -> list:
 @reader
 def read_heysquad(
     folder: Path, split: str = "validation", unpack: str | Path | None = None
-) -> Iterator[Example | str]:
+) -> Rows:
     """HeySQuAD (human): data/SPLIT-*.parquet; the paper scores `validation` (4,158 rows).
 
     The clips inside are written to `unpack` (default: folder/unpacked) once.
     """
     into = Path(unpack or folder / "unpacked") / split
     for row in files.parquet(folder, split, "id audio question answers is_impossible".split()):
-        answers = tuple(dict.fromkeys(answer["text"] for answer in row["answers"] or ()))
-        if row["is_impossible"]:
-            yield "impossible"
-        elif not answers:
-            yield "without an answer"
+        key, answers = str(row["id"]), references(row["answers"])
+        if row["is_impossible"] or not answers:
+            yield key, "impossible" if row["is_impossible"] else "without an answer"
         else:
-            audio = unpacked(row["audio"], into, str(row["id"]))
-            yield Example(str(row["id"]), audio, row["question"].strip(), answers)
+            audio = unpacked(row["audio"], into, key)
+            yield Example(key, audio, (row["question"] or "").strip(), answers)
 
 
 @reader
-def read_sd_qa(
-    folder: Path, split: str = "dev", unpack: str | Path | None = None
-) -> Iterator[Example | str]:
+def read_sd_qa(folder: Path, split: str = "dev", unpack: str | Path | None = None) -> Rows:
     """SD-QA, English: the authors' repository, or WillHeld/SD-QA with data/SPLIT-*.parquet.
 
     The paper scores `dev`, 1,000 questions; groups are the eleven dialects that ask them.
@@ -138,53 +144,34 @@ def read_sd_qa(
     into = Path(unpack or folder / "unpacked") / split
     for row in files.parquet(folder, split, ["id", "question", "answers", *DIALECTS]):
         for dialect in DIALECTS:
-            if answers := tuple(dict.fromkeys(row["answers"] or ())):
+            key, question = f"{dialect}/{row['id']}", (row["question"] or "").strip()
+            if answers := references(row["answers"]):
                 audio = unpacked(row[dialect], into / dialect, str(row["id"]))
-                yield Example(f"{dialect}/{row['id']}", audio, row["question"], answers, dialect)
+                yield Example(key, audio, question, answers, dialect)
             else:
-                yield "without an answer"
+                yield key, "without an answer"
 
 
-def _sd_qa_repository(home: Path, split: str) -> Iterator[Example | str]:
+def _sd_qa_repository(home: Path, split: str) -> Rows:
     """DIALECT/metadata.csv says what was recorded, *.jsonl.gz beside it what the answers are.
 
     question_text there is what a speech recogniser heard; the question itself is in english.*.txt.
     """
-    lines = files.read_text(home / f"english.{split}.txt").split("\n")  # id, a flag, question
-    questions = {line.split("\t")[0]: line.split("\t")[-1].strip() for line in lines}
+    rows = [line.split("\t") for _, line in files.text_lines(home / f"english.{split}.txt")]
+    questions = {row[0]: row[-1].strip() for row in rows}  # id, a flag, question
     for dialect in present(home, DIALECTS):
         file = find(home / dialect, "*.txt.jsonl.gz", "*.txt.jsonl", "*-[A-Z][A-Z].jsonl*")
-        answers = {str(row.get("example_id")): _tydi(row, at) for at, row in files.json_lines(file)}
-        for _, row in files.table(home / dialect / "metadata.csv", ["example_id"]):
+        answers = {
+            str(row.get("example_id")): tydi_references(row, at)
+            for at, row in files.json_lines(file)
+        }
+        for where, row in files.table(home / dialect / "metadata.csv", ["example_id"]):
             key = row["example_id"]
             if answers.get(key):
                 audio, text = home / dialect / "wav_eng" / f"{key}.wav", questions.get(key, "")
                 yield Example(f"{dialect}/{key}", str(audio), text, answers[key], dialect)
             else:
-                yield "without an answer"
-
-
-def _tydi(row: dict, where: str) -> tuple[str, ...]:
-    """The minimal answers of all annotators: yes, no, or a span in bytes of UTF-8 (-1: none).
-
-    Passage answers are left aside: a whole paragraph is no answer to compare with.
-    """
-    found = {}
-    try:
-        document = row["document_plaintext"].encode()
-        for annotation in row["annotations"]:
-            span = annotation["minimal_answer"]
-            start, end = span["plaintext_start_byte"], span["plaintext_end_byte"]
-            if annotation["yes_no_answer"] in ("YES", "NO"):
-                found[annotation["yes_no_answer"].capitalize()] = True
-            elif 0 <= start < end:
-                found[document[start:end].decode().strip()] = True
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{where}: not as in TyDi QA ({error!r}); expected document_plaintext and annotations "
-            "with minimal_answer (offsets in bytes) and yes_no_answer. Download the file again."
-        ) from error
-    return tuple(filter(None, found))
+                yield where, "without an answer"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,29 +184,32 @@ def read_covost(
     split: str = "test",
     common_voice: str | Path | None = None,
     languages: Sequence[str] = PAPER_LANGUAGES,
-) -> Iterator[Example | str]:
+) -> Rows:
     """CoVoST 2, English to `languages`; each has 15,531 clips to test. Groups are the languages.
 
     `folder` holds covost_v2.en_XX.tsv, or covost_v2.en_XX.SPLIT.tsv as CoVoST's own script joins
     them; `common_voice` (default: the same folder) has validated.tsv and clips/ of version 4.
+    A translation that is empty or says REMOVE is none.
     """
     voice, rows = Path(common_voice or folder), []
-    tsv = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}  # as that script
+    tsv = {**files.TSV, "escapechar": "\\"}  # as that script
     parts = ("train", "train_covost") if split == "train" else (split,)
     for language in languages:
         file = find(folder, f"covost_v2.en_{language}.{split}.tsv", f"covost_v2.en_{language}.tsv")
         joined = file.name.endswith(f".{split}.tsv")
         columns = ["path", "translation", "sentence" if joined else "split"]
         found = files.table(file, columns, **tsv)
-        rows += [(language, row) for _, row in found if joined or row["split"] in parts]
-    sentences, alone = {}, {row["path"] for _, row in rows if "sentence" not in row}
+        rows += [(language, *row) for row in found if joined or row[1]["split"] in parts]
+    sentences, alone = {}, {row["path"] for *_, row in rows if "sentence" not in row}
     if alone:  # the join needs these few of a million rows
-        validated = files.table(voice / "validated.tsv", ["path", "sentence"], **tsv)
+        validated = files.table(voice / "validated.tsv", ["path", "sentence"], [], **tsv)
         sentences = {row["path"]: row["sentence"] for _, row in validated if row["path"] in alone}
-    for language, row in rows:
+    for language, where, row in rows:
         text = row.get("sentence", sentences.get(row["path"]))
-        if text is None:
-            yield "not in validated.tsv (expected that of Common Voice 4)"
+        if row["translation"].strip() in ("", "REMOVE"):
+            yield where, "without a translation"
+        elif text is None:
+            yield where, "not in validated.tsv (expected that of Common Voice 4)"
         else:
             audio, name = str(voice / "clips" / row["path"]), f"{language}/{row['path']}"
             yield Example(name, audio, text, (row["translation"],), language, language)
@@ -236,9 +226,7 @@ CP1252[0xA0] = " "
 
 
 @reader
-def read_meld(
-    folder: Path, split: str = "test", audio: str | Path | None = None
-) -> Iterator[Example | str]:
+def read_meld(folder: Path, split: str = "test", audio: str | Path | None = None) -> Rows:
     """MELD: SPLIT_sent_emo.csv and a folder of diaD_uttU.wav; 2,610 clips to test.
 
     `audio` is by default where MELD.Raw has the split's videos; the same names recur in each split.
@@ -246,23 +234,23 @@ def read_meld(
     file = files.there(folder / f"{split}_sent_emo.csv")
     sounds = wavs(Path(audio or folder / MELD_VIDEOS.get(split, split)))
     columns = ["Utterance", "Emotion", "Dialogue_ID", "Utterance_ID"]
-    for line, row in files.table(file, columns, errors="cp1252"):
+    for where, row in files.table(file, columns, errors="cp1252"):
         name = f"dia{row['Dialogue_ID']}_utt{row['Utterance_ID']}"
         text, label = row["Utterance"].translate(CP1252).strip(), row["Emotion"].capitalize()
         if label not in MELD_LABELS or "â€" in text:
             raise ValueError(
-                f"{file}:{line}: emotion {row['Emotion']!r}, text {text!r}; expected one of "
+                f"{where}: emotion {row['Emotion']!r}, text {text!r}; expected one of "
                 f"{', '.join(MELD_LABELS)}, and a text that was not read in the wrong encoding and "
                 "saved. Download the table again."
             )
         if (split, name) in MELD_DEFECTS and not (sounds / f"{name}.wav").is_file():
-            yield f"known to be corrupt or missing ({name})"
+            yield where, f"known to be corrupt or missing ({name})"
         else:
             yield Example(name, str(sounds / f"{name}.wav"), text, (label,))
 
 
 @reader
-def read_iemocap(folder: Path, merge_excited: bool = True) -> Iterator[Example | str]:
+def read_iemocap(folder: Path, merge_excited: bool = True) -> Rows:
     """IEMOCAP_full_release: 5,531 turns of four emotions. Groups are the five sessions.
 
     `merge_excited` counts excitement as happiness, as is usual with four classes. The authors
@@ -276,12 +264,12 @@ def read_iemocap(folder: Path, merge_excited: bool = True) -> Iterator[Example |
             said = dict(
                 IEMOCAP_TURN.findall(files.read_text(home / "dialog/transcriptions" / file.name))
             )
-            for number, line in enumerate(files.read_text(file).split("\n"), 1):
+            for where, line in files.text_lines(file):
                 if not line.startswith("["):  # the header, or one annotator's opinion
                     continue
                 if not (vote := IEMOCAP_VOTE.match(line)):
                     raise ValueError(
-                        f"{file}:{number}: {line!r}; expected [start - end], a turn, an emotion "
+                        f"{where}: {line!r}; expected [start - end], a turn, an emotion "
                         "and [V, A, D], with tabs between. Unpack the corpus again."
                     )
                 turn, emotion = vote.groups()
@@ -289,26 +277,19 @@ def read_iemocap(folder: Path, merge_excited: bool = True) -> Iterator[Example |
                     audio = str(home / "sentences/wav" / file.stem / f"{turn}.wav")
                     yield Example(turn, audio, said.get(turn, ""), (label_of[emotion],), session)
                 else:
-                    yield f"labelled {emotion}"
+                    yield where, f"labelled {emotion}"
 
 
 @reader
-def read_mustard(folder: Path, audio: str | Path | None = None) -> Iterator[Example | str]:
+def read_mustard(folder: Path, audio: str | Path | None = None) -> Rows:
     """MUStARD: sarcasm_data.json and a folder of ID.wav; 690 clips. Groups are the shows.
 
     The authors scored a random fifth of them, and of that only the sarcastic clips; this is all.
     """
     file = find(folder, "data/sarcasm_data.json", "sarcasm_data.json")
     sounds = wavs(Path(audio or find(folder, "**/utterances_final")))
-    try:
-        entries = {
-            key: dict(entry) for key, entry in dict(json.loads(files.read_text(file))).items()
-        }
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file}: no JSON object of objects ({error}). Download it again."
-        ) from error
-    for key, entry in entries.items():
+    for key, entry in files.read_json(file).items():
+        entry = entry if isinstance(entry, dict) else {}
         utterance, sarcastic = entry.get("utterance"), entry.get("sarcasm")
         if not isinstance(utterance, str) or not isinstance(sarcastic, bool):
             raise ValueError(
@@ -320,9 +301,7 @@ def read_mustard(folder: Path, audio: str | Path | None = None) -> Iterator[Exam
 
 
 @reader
-def read_ur_funny(
-    folder: Path, split: str = "test", audio: str | Path | None = None
-) -> Iterator[Example | str]:
+def read_ur_funny(folder: Path, split: str = "test", audio: str | Path | None = None) -> Rows:
     """UR-FUNNY 2: three pickles and a folder of ID.wav (default: urfunny2_videos).
 
     A segment is a punchline after its context: the text is both.
@@ -347,7 +326,9 @@ def read_ur_funny(
 
 def _words(part: Any) -> str:
     """A sentence, or sentences or words nested in lists, as one text."""
-    return part.strip() if isinstance(part, str) else " ".join(filter(None, map(_words, part)))
+    if isinstance(part, str):
+        return part.strip()
+    return " ".join(filter(None, map(_words, part or ())))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,25 +336,28 @@ def _words(part: Any) -> str:
 
 
 @reader
-def read_manifest(path: Path, split: str = "test") -> Iterator[Example | str]:
+def read_manifest(path: Path, split: str = "test") -> Rows:
     """JSONL: audio (relative to the file), answer or answers, and maybe id, text, group, language.
 
     `path` is the file, or a folder with SPLIT.jsonl.
     """
     file = path / f"{split}.jsonl" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        there = ", ".join(sorted(other.stem for other in path.glob("*.jsonl"))) or "none"
+        there = ", ".join(other.stem for other in files.listed(path, "*.jsonl")) or "none"
         raise FileNotFoundError(f"{file} is missing. Splits here: {there}. Check --split.")
     for number, (where, row) in enumerate(files.json_lines(file)):
-        answers = [row["answer"]] if "answer" in row else row.get("answers")
-        texts = {key: row.get(key, "") for key in ("text", "group", "language")}
-        texts["audio"] = row.get("audio")
-        wrong = [key for key, text in texts.items() if not isinstance(text, str)]
-        if texts["language"] not in ("", *LANGUAGES):
+        answers = [row["answer"]] if "answer" in row else row.get("answers", "")
+        answers = [] if answers is None else answers
+        fields = {key: row.get(key) for key in ("text", "group", "language")}
+        fields = {key: "" if text is None else text for key, text in fields.items()}
+        fields["id"] = str(number if row.get("id") is None else row["id"])
+        fields["audio"] = row.get("audio") or None
+        wrong = [key for key, text in fields.items() if not isinstance(text, str)]
+        if fields["language"] not in ("", *LANGUAGES):
             wrong.append("language")
         if "answer" in row and "answers" in row:
             wrong.append("answer and answers together")
-        elif not (isinstance(answers, list) and {*map(type, answers)} == {str}):
+        elif not (isinstance(answers, list) and {*map(type, answers)} <= {str, type(None)}):
             wrong.append("answer" if "answer" in row else "answers")
         if wrong:
             raise ValueError(
@@ -382,10 +366,12 @@ def read_manifest(path: Path, split: str = "test") -> Iterator[Example | str]:
                 "either answer (a string) or answers (a list of strings), and a language only from "
                 f"{', '.join(LANGUAGES)}. Correct the line."
             )
-        # without "..", so that one clip of several tasks has one name
-        texts["audio"] = os.path.normpath(file.parent / texts["audio"])
-        fields = texts | {"answers": tuple(answers)}
-        yield Example(id=str(row.get("id", number)), **fields)
+        answers = tuple(answer for answer in answers if answer is not None)
+        if not answers or files.of_macos(row["audio"]):
+            yield where, "of macOS (._*), no recording" if answers else "without an answer"
+        else:
+            fields["audio"] = files.beside(file.parent, row["audio"])
+            yield Example(**fields, answers=answers)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -23,11 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def find(folder: Path, *patterns: str) -> Path:
-    """The first that is there; what macOS leaves beside each file (._*, __MACOSX/) is not."""
+    """The first that is there."""
     for pattern in patterns:
-        for found in sorted(folder.glob(pattern)):
-            if not found.name.startswith("._") and "__MACOSX" not in found.parts:
-                return found
+        if found := files.listed(folder, pattern):
+            return found[0]
     return files.there(folder / " or ".join(patterns))
 
 
@@ -45,7 +44,7 @@ def wavs(folder: Path) -> Path:
     """The folder itself, if it may hold the audio; videos alone are refused with a remedy."""
     if not folder.is_dir():
         files.there(folder / "*.wav")
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("._"))
+    names = sorted(name for name in os.listdir(folder) if not files.of_macos(name))
     videos = [name for name in names if name.endswith(".mp4")]
     if videos and not any(name.endswith(".wav") for name in names):
         raise ValueError(
@@ -72,6 +71,41 @@ def unpacked(sound: dict[str, Any] | None, folder: Path, name: str) -> str:
         with files.whole(file) as partial:
             partial.write_bytes(content)
     return str(file)
+
+
+# ---------------------------------------------------------------------------------------------
+# Answers
+
+
+def references(found: Any) -> tuple[str, ...]:
+    """Each once, without what stands for none; of texts, spans, or spans in SQuAD's own form."""
+    texts = (found["text"] if isinstance(found, dict) else found) or ()
+    texts = [text["text"] if isinstance(text, dict) else text for text in texts]
+    once = dict.fromkeys(text.strip() for text in texts if text)
+    return tuple(text for text in once if text.lower() not in ("", "n/a"))
+
+
+def tydi_references(row: dict, where: str) -> tuple[str, ...]:
+    """The minimal answers of all annotators: yes, no, or a span in bytes of UTF-8 (-1: none).
+
+    Passage answers are left aside: a whole paragraph is no answer to compare with.
+    """
+    found = []
+    try:
+        document = row["document_plaintext"].encode()
+        for annotation in row["annotations"]:
+            span = annotation["minimal_answer"]
+            start, end = span["plaintext_start_byte"], span["plaintext_end_byte"]
+            if annotation["yes_no_answer"] in ("YES", "NO"):
+                found.append(annotation["yes_no_answer"].capitalize())
+            elif 0 <= start < end:
+                found.append(document[start:end].decode())
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{where}: not as in TyDi QA ({error!r}); expected document_plaintext and annotations "
+            "with minimal_answer (offsets in bytes) and yes_no_answer. Download the file again."
+        ) from error
+    return references(found)
 
 
 # ---------------------------------------------------------------------------------------------

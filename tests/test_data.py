@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+from evaluation import suites
 from runtime import recording
 
 RATE = recording.SAMPLE_RATE
@@ -120,27 +121,82 @@ def test_rows_without_a_path_or_a_sentence_are_left_out_and_named(voice, caplog)
         "\ttwo",
         "b.mp3\t  ",
         "b.mp3",
+        " \t",
+        "b.mp3\t\xa0",
         "b.mp3\tfive",
     )
     clips = data.read_clips(voice)
     assert [clip.text for clip in clips] == ["one", "five"]
+    file, why = voice / "train.tsv", "without a path or a text"
     assert [r.getMessage() for r in caplog.records] == [
-        f"{voice / 'train.tsv'}:{line}: no path or no sentence: left out" for line in (3, 4, 5)
+        f"{voice}: left out 4 of 6: 3 {why}, 1 not of 2 fields; "
+        f"first {file}:3 ({why}), {file}:4 ({why}), {file}:5 (not of 2 fields)"
     ]
+
+
+def test_sentences_that_were_quoted_as_csv_are_unquoted(voice, caplog):
+    """An empty one is none; a bare quote is a letter."""
+    rows = ['a.mp3\t"""Good day,"" said the dog."', 'a.mp3\t""', 'b.mp3\tthe 5" dog']
+    write_lines(voice / "train.tsv", "path\tsentence", *rows)
+    texts = [clip.text for clip in data.read_clips(voice)]
+    assert texts == ['"Good day," said the dog.', 'the 5" dog']
+    assert f"left out 1 of 3: 1 without a path or a text; first {voice}/train.tsv:3" in caplog.text
+
+
+def test_single_bad_rows_do_not_stand_in_the_way_of_a_large_corpus(voice, caplog):
+    """Half a sentence is none: not before a tab or a break in it, and not behind."""
+    good = "v1\ta.mp3\thello there\t2\t0\t\tmale\tus"
+    tab, broken = good.replace(" ", "\t"), good.replace(" ", "\n")
+    macos, latin = good.replace("a.mp3", "._a.mp3"), good.replace("hello", "grün").encode("latin-1")
+    file = write_lines(voice / "train.tsv", OLD, good, tab, broken, macos, good)
+    file.write_bytes(file.read_bytes() + latin + b"\n" + good.encode() + b"\0\n")
+    assert [clip.text for clip in data.read_clips(voice)] == ["hello there"] * 2
+    why = "3 not of 8 fields, 1 of macOS (._*), no recording, 2 no text in UTF-8; first"
+    assert f"{voice}: left out 6 of 8: {why} {file}:3 (not of 8 fields), " in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_names_without_an_ending_are_those_of_the_clips(voice):
+    """So Common Voice 1 lists them."""
+    write_lines(voice / "train.tsv", "path\tsentence", "a\tone", "b.mp3\ttwo", "c\tthree")
+    a, b, c = data.read_clips(voice)
+    assert [Path(clip.audio).name for clip in (a, b, c)] == ["a.mp3", "b.mp3", "c"]
+    assert data.seconds_of([a, b, c]) == pytest.approx([0.25, 0.25, 0])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_lists_of_windows_and_old_programs_are_read(voice, encoding, end):
+    """The table of a corpus, its durations, a manifest and a LibriSpeech transcript."""
+
+    def write(file: Path, *lines: str) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((end.join(lines) + end).encode(encoding))
+        return file
+
+    write(voice / "train.tsv", "path\tsentence", "a.mp3\tgrün")
+    write(voice / "clip_durations.tsv", "clip\tduration[ms]", "a.mp3\t31")
+    manifest = write(voice / "list.jsonl", '{"audio": "clips/a.mp3", "text": "grün"}')
+    write(voice / "libri/1/2/1-2.trans.txt", "1-2-3 grün")
+    [clip] = data.read_clips(voice)
+    assert data.read_clips(manifest) == [clip] == [data.Clip(f"{voice}/clips/a.mp3", "grün")]
+    assert data.seconds_of([clip]) == [0.031]
+    [spoken] = data.read_clips(voice / "libri")
+    assert spoken.text == "grün" and spoken.audio.endswith("1/2/1-2-3.flac")
 
 
 @pytest.mark.parametrize(
     ("header", "absent", "found"),
     [
-        ("client_id,path,sentence", "path or sentence", "found client_id,path,sentence."),
-        ("path\ttext", "sentence", "found path, text."),
-        ("", "path or sentence", "found nothing."),
+        ("client_id,path,sentence", "path or sentence", "found client_id,path,sentence;"),
+        ("path\ttext", "sentence", "found path, text;"),
+        ("", "path or sentence", "found nothing;"),
     ],
 )
 def test_wrong_columns_are_refused_with_those_that_are_there(voice, header, absent, found):
     file = voice / "train.tsv"
     file.write_text(header)
-    say = f"{file}:1: no column {absent}; {found} Expected Common Voice's tab-separated header"
+    say = f"{file}:1: no column {absent}; {found} expected a table with path, sentence. Download"
     refused(ValueError, partial(data.read_clips, voice), say)
 
 
@@ -209,11 +265,24 @@ def test_another_split_does_not_stand_in_for_a_missing_one(libri):
     )
 
 
-@pytest.mark.parametrize("line", ["84-7-0001", "84-7-0001 ", ""])
+@pytest.mark.parametrize("line", ["84-7-0001", "84-7-0001 "])
 def test_a_transcript_line_without_a_text_is_refused(libri, line):
     file = write_lines(libri / "dev-clean/84/7/84-7.trans.txt", "84-7-0000 A", line, "84-7-0002 B")
     say = f"{file}:2: {line!r}; expected an id, a space and a text"
     refused(ValueError, partial(data.read_clips, libri, "dev-clean"), say)
+
+
+def test_what_macos_leaves_beside_transcripts_is_not_read(libri):
+    """Nor named among the splits that are there."""
+    before = data.read_clips(libri, "dev-clean")
+    (libri / "dev-clean/84/7/._84-7.trans.txt").write_bytes(b"\0\5\x16\7\xb0Mac OS X")
+    copy = libri / "dev-clean/__MACOSX/84/7/84-7.trans.txt"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"\0\5\x16\7\xb0Mac OS X")
+    (libri / "._train.tsv").write_bytes(b"\0")
+    assert data.read_clips(libri, "dev-clean") == before
+    say = "found dev-clean, train-clean-100. Check"
+    refused(FileNotFoundError, partial(data.read_clips, libri, "train"), say)
 
 
 # -------------------------------------------------------------------------------- JSONL manifests
@@ -244,14 +313,48 @@ GOOD = '{"audio": "a.mp3", "text": "hello"}'
         '{"audio": "a.mp3"}',
         '{"text": "hello"}',
         '{"audio": 3, "text": "hello"}',
-        '{"audio": "a.mp3", "text": null}',
-        "[]",
+        '{"audio": "a.mp3", "text": 3}',
+        '{"audio": "a.mp3", "text": ["hello"]}',
     ],
 )
 def test_a_manifest_line_without_audio_or_text_is_refused_with_its_number(tmp_path, line):
     file = write_lines(tmp_path / "list.jsonl", GOOD, "", line, GOOD)
     say = f"{file}:3: no audio or no text; expected an object with both as strings, such as {GOOD}"
     refused(ValueError, partial(data.read_clips, file), say)
+
+
+def test_lines_of_a_manifest_without_a_text_are_left_out_and_named(tmp_path, caplog):
+    """Blank or null, as pandas writes it; and what macOS leaves beside a recording."""
+    lines = [GOOD, *(GOOD.replace('"hello"', text) for text in ('""', '" \\t"', "null"))]
+    lines += [GOOD.replace("a.mp3", "b/._a.mp3"), GOOD.replace('"a.mp3"', "null")]
+    file = write_lines(tmp_path / "list.jsonl", *lines, GOOD.replace("hello", " hello "))
+    assert data.read_clips(file) == [data.Clip(str(tmp_path / "a.mp3"), "hello")] * 2
+    why = "4 without a path or a text, 1 of macOS (._*), no recording"
+    assert f"{file}: left out 5 of 7: {why}; first {file}:2 (" in caplog.text
+    write_lines(file, lines[1])
+    refused(ValueError, partial(data.read_clips, file), "lists no clip")
+
+
+def test_a_broken_letter_in_a_manifest_stops_no_run(tmp_path):
+    """Half a letter cannot be written, nor tokenised; a file's name need not be UTF-8."""
+    text = GOOD.replace("hello", "hello \\ud83d")
+    [clip] = clips = data.read_clips(write_lines(tmp_path / "list.jsonl", text))
+    assert clip.text == "hello \ufffd"
+    odd = data.Clip(os.fsdecode(b"gr\xfcn.mp3"), "hello")
+    digest = data.Corpus([*clips, odd], [], RATE, 8).digest()
+    assert digest["clips"] == 2 and digest["crc32"] != data.Corpus(clips, [], RATE, 8).digest()
+
+
+def test_a_manifest_behind_a_link_names_what_its_readers_both_find(tmp_path):
+    """`..` is that of the folder that the link leads to."""
+    write_audio(tmp_path / "real/clips/a.wav", tone(440, 0.1))
+    line = '{"audio": "../clips/a.wav", "text": "hello", "answer": "hello"}'
+    write_lines(tmp_path / "real/lists/test.jsonl", line)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/lists").symlink_to(tmp_path / "real/lists")
+    file = tmp_path / "here/lists/test.jsonl"
+    [clip], [example] = data.read_clips(file), suites.read_manifest(file)
+    assert clip.audio == example.audio == str(tmp_path / "real/clips/a.wav")
 
 
 def test_a_manifest_line_that_is_no_json_is_refused_with_its_number(tmp_path):
@@ -272,12 +375,8 @@ def test_a_path_that_is_no_data_is_refused(tmp_path):
     empty.write_text("\n")
     refused(ValueError, partial(data.read_clips, empty), f"{empty}: split 'train' lists no clip")
     sound = write_audio(tmp_path / "a.flac", tone(440, 0.1))
-    say = "no text in UTF-8 ('utf-8' codec"
-    refused(ValueError, partial(data.read_clips, sound), f"{sound}: {say}", "expected a text file")
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "train.tsv").write_bytes("path\tsentence\na.mp3\tgrün\n".encode("latin-1"))
-    say = say.replace("no text", "not text")
-    refused(ValueError, partial(data.read_clips, tmp_path), f"{tmp_path}: {say}")
+    say = f"{sound}:1: no text in UTF-8; expected a text file"
+    refused(ValueError, partial(data.read_clips, sound), say)
 
 
 # ------------------------------------------------------------------------------------------- audio
@@ -475,12 +574,13 @@ def test_durations_come_from_the_headers_otherwise(voice):
     assert data.seconds_of(clips) == pytest.approx([0.25, 2.5, 0, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2"])
-def test_a_damaged_table_of_durations_is_refused_with_its_line(voice, row):
-    file = write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", "b.mp3\t2500", row)
-    say = "expected a file name and milliseconds. Unpack the corpus again, or remove the table"
-    action = partial(data.seconds_of, data.read_clips(voice))
-    refused(ValueError, action, f"{file}:3: ", say)
+@pytest.mark.parametrize("row", ["a.mp3\tlong", "a.mp3", "a.mp3\t1\t2", "a.mp3\t-5", "a.mp3\t"])
+def test_a_clip_without_a_duration_in_the_table_is_opened(voice, row, caplog):
+    """A damaged row is named, and costs no more than the header of its clip."""
+    file = write_lines(voice / "clip_durations.tsv", "clip\tduration[ms]", row, "b.mp3\t2500")
+    assert data.seconds_of(data.read_clips(voice)) == [0.25, 2.5]
+    assert "clips will be opened, for want of a duration: 1 " in caplog.text
+    assert f"first {file}:2 (" in caplog.text
 
 
 @pytest.fixture

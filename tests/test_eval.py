@@ -772,6 +772,15 @@ def test_answers_of_another_system_find_their_items_by_task_and_id(tmp_path, ask
     assert capsys.readouterr().out == "", "nothing is missing, nothing too much"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_answers_are_read_as_other_programs_write_them(tmp_path, asked, encoding, end):
+    lines = [json.dumps({"task": "qa", "id": str(n), "answer": "größer"}) for n in range(2)]
+    (tmp_path / "other.jsonl").write_bytes((end.join(lines)).encode(encoding))
+    answers = evaluation.read_predictions(f"other={tmp_path / 'other.jsonl'}", asked)[1]
+    assert answers == ["größer", "größer", None, None]
+
+
 def test_missing_answers_are_counted_as_wrong_and_those_in_excess_are_told(tmp_path, asked, capsys):
     rows = [{"task": "qa", "id": i, "answer": "red"} for i in ("1", "7", "8")]
     file = write_lines(tmp_path / "other.jsonl", rows)

@@ -132,7 +132,7 @@ def test_an_unfinished_file_of_ours_counts_with_its_last_lines(tmp_path):
     rows = [{"task": "qa", "id": "0", "answer": a, "system": "diva", "key": k} for k, a in lines]
     file = tmp_path / "predictions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluation.read_predictions(f"before={file}", [item]) == ("before", ["late ?"])
+    assert evaluation.read_predictions(f"before={file}", [item]) == ("before", ["late \ufffd"])
 
 
 def test_a_file_without_tasks_is_refused(tmp_path):
