@@ -102,8 +102,9 @@ def test_an_mp3_without_a_count_is_heard_whole(tmp_path, mode):
     for before in (b"", ID3V2):
         assert has(samples := heard(tmp_path / "a.mp3", before + content + ID3V1), 880, 0.7)
         assert 0.65 < len(samples) / RATE < 0.8
-    samples = heard(tmp_path / "a.mp3", mp3(A, tag=False) + mp3(B))
-    assert has(samples, 440, 0.5) and has(samples, 880, 0.7)
+    for between in (b"", ID3V2, GARBAGE[:3000]):
+        samples = heard(tmp_path / "a.mp3", mp3(A, tag=False) + between + mp3(B, tag=False))
+        assert has(samples, 440, 0.5) and has(samples, 880, 0.7)
 
 
 @pytest.mark.parametrize("said", [0, 1, 7, 15])
