@@ -147,14 +147,15 @@ def _manifest_rows(file: Path) -> Rows:
 
 
 def seconds_of(clips: list[Clip]) -> list[float]:
-    """Length of each clip without decoding: Common Voice's clip_durations.tsv, else the headers.
+    """Length of each clip, almost without decoding: Common Voice's clip_durations.tsv, else what
+    the headers say, where they do.
 
     A file whose header cannot be read counts as 0 s: decoding it will say what is wrong.
     """
     known = _seconds_by_table(clips)
     rest = dict.fromkeys(clip.audio for clip in clips if clip.audio not in known)
     failures = (sf.SoundFileError, RuntimeError)
-    known |= files.remembered("seconds", [*rest], lambda file: sf.info(file).duration, failures)
+    known |= files.remembered("seconds-held", [*rest], recording.seconds, failures)
     return [known[clip.audio] for clip in clips]
 
 
@@ -338,7 +339,7 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
 
     lock = threading.Lock()
 
-    def read(index: int) -> tuple[np.ndarray, bool]:
+    def read(index: int) -> tuple[np.ndarray, float]:
         file = corpus.clips[index].audio
         try:
             samples = recording.load(file)
@@ -352,16 +353,17 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
                 if file not in corpus.undecodable:
                     corpus.undecodable[file] = str(error)
                     log.warning("weight 0: %s", error)
-            return np.zeros(0, np.int16), False
+            return np.zeros(0, np.int16), 0.0
         samples = samples[: corpus.window_samples]  # resampling may add a few samples of padding
-        return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16), True
+        step = max(1.0, float(np.abs(samples).max())) / 32767  # what overshoots keeps its shape
+        return np.round(samples / step).astype(np.int16), step
 
     if len(corpus.clips) <= IN_MEMORY:
         read = functools.cache(read)
 
     def as_float(index: int) -> tuple[Float[np.ndarray, "S"], bool]:
-        samples, heard = read(index)
-        return samples.astype(np.float32) / 32767, heard
+        samples, step = read(index)
+        return samples.astype(np.float32) * np.float32(step), step > 0
 
     return as_float
 

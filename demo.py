@@ -121,7 +121,16 @@ class Assistant:
         Raises ValueError or FileNotFoundError that names the file.
         """
         window = self.diva.window_samples
-        samples = recording.load(clip, PIECES * self.window)
+        most = PIECES * self.window
+        limit = (
+            f"the model's window of {self.window:g} s, and than the {most:g} s that --long splits"
+        )
+        samples = recording.load(clip, most, limit)
+        if nothing(samples):
+            raise ValueError(
+                f"{clip}: nothing was heard (loudest sample {np.abs(samples).max():.1g}); "
+                "expected speech. Check the microphone and record it again."
+            )
         samples = trim(samples) if live or len(samples) > window else samples
         if len(samples) > window and not long:
             raise ValueError(
@@ -214,7 +223,7 @@ class Assistant:
     def warm_up(self, sampling: Sampling) -> None:
         """Compile what the first answer needs."""
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            soundfile.write(file.name, np.zeros(FRAME), SAMPLE_RATE)
+            soundfile.write(file.name, np.ones(FRAME), SAMPLE_RATE)  # silence is not answered
             next(self.answer(file.name, sampling=sampling))
 
 
@@ -222,6 +231,16 @@ def loudness(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "frames"]:
     """Mean square of each 20 ms."""
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
     return np.square(frames).mean(1)
+
+
+def nothing(samples: Float[np.ndarray, "S"]) -> bool:
+    """Is nothing said in it: silence, or no more than a faint and even noise?
+
+    Below -80 dB, three steps of 16 bits, there is no room for a word beside their rounding. Below
+    -60 dB it is heard if its moments differ: those of noise by 1 dB, those of speech by 6 and more.
+    """
+    loud = loudness(np.pad(samples, (0, FRAME)))
+    return bool(loud.max() < 1e-8 or (loud.max() < 1e-6 and loud.max() < 2 * np.median(loud)))
 
 
 def trim(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "part"]:

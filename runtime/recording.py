@@ -1,11 +1,17 @@
-"""Recording: a file becomes samples, 16 kHz mono, whatever it was.
+"""Recording: a file becomes samples, 16 kHz mono, whatever it was, and all that it holds.
+
+A header's length is a hint: joined MP3s carry that of the first, a pipe leaves it open, a download
+breaks off. The decoder believes it, so it is put right, or the file refused, before one listens.
 
 Axes: B batch, S audio samples.
-Reads: nothing of ours.   Read next: sharding.py.
+Reads: containers.py.   Read next: sharding.py.
 """
 
+import contextlib
+import io
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,53 +19,138 @@ import soundfile as sf
 from jaxtyping import Float32
 from scipy.signal import resample_poly
 
+from runtime import containers
+
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed
 BLOCK = 1 << 22  # samples that are decoded at a time, all channels together
+LARGEST = 1 << 30  # bytes of a file: ten windows of 30 s in studio quality are a third of it
+# Codecs overshoot full scale by half of it, a hot mix in floats by a few times. A voice that is not
+# scaled reaches a hundred in integers of 8 bits, and thousands in those of 16.
+LOUDEST = 8.0
+UNTOLD = 86_400  # seconds: a header that says more is one of a stream, and says nothing
+LOST = 2 * 1152  # samples of two MP3 frames: cut out of a stream, the first refer to what is gone
 
 
-def load(path: str | Path, longest: float = math.inf) -> Float32[np.ndarray, "S"]:
-    """Decode a file to 16 kHz mono in [-1, 1]; any rate and channel count.
+class _Forward(sf.SoundFile):
+    """Is read to its end: where it could seek, soundfile itself would stop at the header's."""
 
-    Raises FileNotFoundError, or ValueError for what is unreadable, empty, not finite, or longer
-    than `longest` seconds; of such a file no more is decoded, whatever its header says.
+    def seekable(self) -> bool:
+        return False
+
+
+def load(path: str | Path, longest: float = math.inf, limit: str = "") -> Float32[np.ndarray, "S"]:
+    """Decode a file to 16 kHz mono, full scale at 1; any rate and channel count, and all of it.
+
+    Raises FileNotFoundError, or ValueError for what is unreadable, empty, not finite, out of scale,
+    not as long as its header says, or longer than `longest` seconds (`limit` says why that); of
+    such a file no more is decoded.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; expected an audio file. Check the path.")
-    parts, total = [], 0
+    path = Path(path)
     try:
-        with sf.SoundFile(path) as file:
-            rate, most = file.samplerate, max(1, BLOCK // file.channels)
-            while len(block := file.read(most, dtype="float32", always_2d=True)):
-                parts.append(block.mean(axis=1))
-                total += len(block)
-                if total > longest * rate:
-                    break
+        content, limit = _content(path), limit or f"the model's window of {longest:g} s"
+        heard = []
+        for part in containers.parts(content):
+            promised, room = containers.mend(part), longest - sum(map(len, heard)) / SAMPLE_RATE
+            with _opened(path, part if part != content else None) as file:
+                heard.append(_resampled(*_decode(file, promised, room, limit)))
     except (sf.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: raw samples
-        reason = str(error).strip().rstrip(".")
+        reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
         raise ValueError(
             f"{path}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
             "Convert or remove the file."
         ) from error
-    if total > longest * rate:
-        raise ValueError(
-            f"{path}: longer than the model's window of {longest:g} s; expected at most that. "
-            "Split it at a pause."
-        )
-    if not RATES[0] <= rate <= RATES[1]:  # a header may say anything, and resampling would try
-        raise ValueError(
-            f"{path}: {rate} samples a second; expected {RATES[0]} to {RATES[1]}. Convert the file."
-        )
-    if not total:
-        raise ValueError(f"{path}: no samples; expected audio. Record it again or remove it.")
-    samples = np.concatenate(parts)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return np.concatenate(heard)
+
+
+def _resampled(samples: Float32[np.ndarray, "any"], rate: int) -> Float32[np.ndarray, "S"]:
     if rate != SAMPLE_RATE:
         # Polyphase with a low-pass below the lower of the two Nyquist rates: no aliases.
         common = math.gcd(rate, SAMPLE_RATE)
         samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
     return samples.astype(np.float32)
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected an audio file. Check the path.")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{size:,} bytes; expected at most {LARGEST:,}. Split it at a pause.")
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mended: bytearray | None) -> Iterator[_Forward]:
+    """The file itself, unless it had to be mended or parted."""
+    if mended is None:
+        with _Forward(path) as file:
+            yield file
+    elif mended[:1] == b"\xff" or mended[:3] == b"ID3":
+        # libsndfile 1.2 cannot read MP3 from memory: it looks for frames from the 13th byte on
+        with tempfile.NamedTemporaryFile(suffix=".mp3") as copy:
+            copy.write(mended)
+            copy.flush()
+            with _Forward(copy.name) as file:
+                yield file
+    else:
+        with _Forward(io.BytesIO(mended)) as file:
+            yield file
+
+
+def _decode(
+    file: _Forward, promised: int | None, longest: float, limit: str
+) -> tuple[Float32[np.ndarray, "S"], int]:
+    """All samples, channels averaged, and their rate. Raises ValueError without the file's name."""
+    rate, promised = file.samplerate, promised or file.frames
+    most = max(1, min(BLOCK // file.channels, promised + 1))  # one more, to see the end
+    mp3 = file.format == "MP3"
+    if file.format not in containers.FORMATS or file.subtype.startswith("MPEG") != mp3:
+        raise ValueError(
+            f"a length that cannot be checked ({file.format_info}, {file.subtype_info}); expected "
+            "MP3, FLAC, Ogg or WAV. Convert the file."
+        )
+    parts, total, block = [], 0, range(most)
+    while len(block) == most:
+        block = file.read(most, dtype="float32", always_2d=True)
+        if not np.isfinite(block).all():
+            raise ValueError("holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
+        if (peak := np.abs(block).max(initial=0)) > LOUDEST:
+            raise ValueError(
+                f"holds a sample of {peak:,.6g}; expected samples in [-1, 1]. Scale them: integers "
+                "of 16 bits that were written as floats are to be divided by 32768."
+            )
+        parts.append(block.mean(axis=1))
+        total += len(block)
+        if total > longest * rate + 1e-6:  # the rounding of what is left for a later part
+            raise ValueError(f"longer than {limit}; expected at most that. Split it at a pause.")
+    if not RATES[0] <= rate <= RATES[1]:  # a header may say anything, and resampling would try
+        raise ValueError(
+            f"{rate} samples a second; expected {RATES[0]} to {RATES[1]}. Convert the file."
+        )
+    if not total:
+        raise ValueError("no samples; expected audio. Record it again or remove it.")
+    promised = promised if promised < UNTOLD * rate else total
+    if not 0 <= promised - total <= (LOST if mp3 else 0):
+        raise ValueError(
+            f"{total / rate:.3f} s could be decoded; its header says {promised / rate:.3f} s. It "
+            "was cut, joined or damaged: copy or download it again, or convert it."
+        )
+    return np.concatenate(parts), rate
+
+
+def seconds(path: str) -> float:
+    """How long a file is, without decoding it: by its header, unless that would be a guess.
+
+    Raises what soundfile raises, OSError, or ValueError.
+    """
+    info = sf.info(path)
+    if info.format == "MP3" and (samples := containers.uncounted(Path(path))):
+        return samples / info.samplerate
+    if 0 < info.frames < UNTOLD * info.samplerate:
+        return info.duration
+    return len(load(path)) / SAMPLE_RATE
 
 
 def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:

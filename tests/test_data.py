@@ -883,7 +883,8 @@ def test_a_batch_holds_audio_tokens_lengths_and_weights(decoder):
 
 
 def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
-    """Real files at another rate; what is louder than full scale is limited, and does not wrap."""
+    """Real files at another rate; what is louder than full scale keeps its shape, as eval and demo
+    hear it."""
     loud = tone(440, 0.3, 48_000, peak=1.5)
     quiet = tone(440, 0.2, 44_100, peak=0.01)
     files = [
@@ -895,9 +896,9 @@ def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
     batch = take(1, corpus, batch_size=2, seed=0)[0]
     for n, file in enumerate(files):
         audio = batch["audio"][numbers(batch).index(n)]
-        expected = np.clip(recording.load(file), -1, 1)
-        # half a step of 1 / 32767; at full scale int16 goes one step below -1
-        assert np.abs(audio[: len(expected)] - expected).max() < 1.01 / 32767
+        expected = recording.load(file)
+        step = max(1, np.abs(expected).max()) / 32767
+        assert np.abs(audio[: len(expected)] - expected).max() < 0.51 * step
         assert not audio[len(expected) :].any()
 
 

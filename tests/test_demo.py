@@ -188,8 +188,50 @@ def test_a_recording_longer_than_the_window_is_refused_or_split(assistant, tmp_p
     queries = len(assistant.listen(QUESTION))
     assert virtual.shape[0] >= 2 * queries and virtual.shape[0] % queries == 0
     endless = write(tmp_path / "endless.wav", tone(17.0))
-    with pytest.raises(ValueError, match="longer than the model's window"):
-        assistant.listen(endless, long=True)
+    for long in (False, True):
+        with pytest.raises(ValueError, match=r"of 1\.6 s, and than the 16 s that --long splits; "):
+            assistant.listen(endless, long=long)
+
+
+SILENT = {
+    "nothing": np.zeros(RATE),
+    "a little nothing": np.zeros(1),
+    "denormal": 1e-40 * tone(1.0),
+    "dither": np.random.default_rng(0).choice([-1, 0, 0, 1], RATE) / 32768,
+    "faint noise": 5e-4 * np.random.default_rng(0).normal(size=RATE),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_silence_is_not_answered(assistant, tmp_path, name, capsys):
+    """In the terminal and on the page alike: nothing was heard, in one line."""
+    file = write(tmp_path / "a.wav", SILENT[name], subtype="DOUBLE")
+    say = f"{file}: nothing was heard "
+    with pytest.raises(ValueError, match=say) as error:
+        demo.talk(assistant, [str(file)], None, demo.Sampling(), long=False)
+    assert not capsys.readouterr().out and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=say):
+        next(assistant.answer(file, live=True))
+
+
+@pytest.mark.parametrize("decibels", [0, -20, -40, -55])
+def test_a_quiet_speaker_is_answered(assistant, tmp_path, decibels):
+    """Down to -72 dB, eight steps of 16 bits, and through a faint noise."""
+    samples = recording.load(QUESTION)
+    noise = 3e-5 * np.random.default_rng(0).normal(size=len(samples))
+    file = write(tmp_path / "a.wav", samples * 10 ** (decibels / 20) + noise, subtype="PCM_16")
+    assert said(assistant.answer(file, sampling=demo.Sampling(max_new_tokens=2))).turn
+    assert not demo.nothing(samples[: demo.FRAME])
+
+
+@pytest.mark.parametrize("name", ["nothing", "faint noise"])
+def test_the_page_says_that_nothing_was_heard(assistant, tmp_path, name):
+    gradio = pytest.importorskip("gradio")
+    file = write(tmp_path / "a.wav", SILENT[name])
+    blocks = demo.page(assistant, demo.Sampling(), long=False)
+    [respond] = [block.fn for block in blocks.fns.values() if block.fn.__name__ == "respond"][:1]
+    with pytest.raises(gradio.Error, match=r"^'?a\.wav: nothing was heard"):
+        [*respond(str(file), "", [], [])]
 
 
 def test_parts_are_whole_fit_the_window_and_are_cut_where_it_is_quiet():
@@ -219,22 +261,20 @@ def test_silence_around_what_is_said_is_cut():
 # ----------------------------------------------------------------------------------- hostile sounds
 
 SOUNDS = {
-    "silence": (np.zeros(RATE), RATE, {}),
     "one sample": (np.ones(1), RATE, {}),
     "0.1 s": (tone(0.1), RATE, {}),
     "the whole window": (tone(1.6), RATE, {}),
     "noise": (np.random.default_rng(0).uniform(-1, 1, RATE), RATE, {}),
     "music": (sum(np.roll(tone(1.5), k) * 0.3**k for k in range(1, 6)), RATE, {}),
     "a full square wave": (np.sign(tone(1.0)), RATE, {}),
-    "stereo": (np.stack([tone(1.0), -tone(1.0)], 1), RATE, {}),
+    "stereo": (np.stack([tone(1.0), -0.5 * tone(1.0)], 1), RATE, {}),
     "six channels": (np.repeat(tone(1.0)[:, None], 6, 1), RATE, {}),
     "8 kHz": (tone(1.0, 8000), 8000, {}),
     "11.025 kHz": (tone(1.0, 11025), 11025, {}),
     "96 kHz": (tone(1.0, 96000), 96000, {}),
     "24 bits": (tone(1.0), RATE, {"subtype": "PCM_24"}),
     "8 bits": (tone(1.0), RATE, {"subtype": "PCM_U8"}),
-    "float beyond 1": (1e6 * tone(1.0), RATE, {"subtype": "FLOAT"}),
-    "denormal": (1e-40 * tone(1.0), RATE, {"subtype": "DOUBLE"}),
+    "float beyond 1": (3 * tone(1.0), RATE, {"subtype": "FLOAT"}),
 }
 
 
@@ -307,7 +347,7 @@ def test_two_hundred_hostile_files_are_heard_or_refused_by_name(assistant, tmp_p
         file.unlink()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert heard > 30 and refused > 30, (heard, refused)
+    assert heard > 15 and refused > 30, (heard, refused)
     assert most < 500e6
 
 

@@ -1,0 +1,275 @@
+"""Containers: a recording's header is made to say what its file holds, or the file is refused.
+
+libsndfile listens for as long as a header says and no sample longer. So the bytes themselves are
+counted before they are decoded:
+
+    MP3                frame by frame; the count goes into the Xing frame; joined ones are parted
+    FLAC               its length is taken out: it is heard to the end, and then compared
+    WAV, AIFF, CAF     chunk by chunk; an open length becomes that of what follows
+    AU                 the same with its one header
+    NIST               is heard to the end of the file, and then compared
+    Ogg                page by page; of several streams of sound the decoder would hear the first
+
+Other containers (VOC, W64, MAT, ...) cannot be checked so, and are refused by name.
+
+Reads: nothing of ours.   Read next: recording.py.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+FORMATS = "MP3", "FLAC", "OGG", "WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "NIST"
+OPEN = 0x7FFF0000  # bytes: a pipe's header says 0, or 2^31 or 2^32 less a little
+CRUMBS = 512  # bytes behind the sound that may be anything: 8,000 a second are the fewest in use
+RUN = 4  # MP3 frames behind each other that are no accident of other bytes
+
+
+def parts(content: bytes) -> list[bytearray]:
+    """Joined MP3s one by one, each from its own Xing frame on; of all else there is one part.
+
+    One by one, since each has silence of its encoder at both ends, which its Xing frame counts.
+    """
+    at, cuts = _id3_length(content), [0]
+    if content[at : at + 1] == b"\xff":
+        for tag in re.finditer(b"Xing|Info", content):
+            starts = [tag.start() - side for side in {*SIDE.values()} if tag.start() > at + side]
+            cuts += [start for start in starts if _is_tagged(content, start)][:1]
+    return [bytearray(content[a:b]) for a, b in zip(cuts, [*cuts[1:], len(content)], strict=True)]
+
+
+def mend(content: bytearray) -> int | None:
+    """Make the header say what `content` holds, in place; returns the number of samples that it
+    promised, where that must still be compared with what was heard.
+
+    Raises ValueError for what holds other than it says.
+    """
+    at = _id3_length(content)
+    match bytes(content[at : at + 4]):
+        case b"RIFF" | b"RIFX" | b"RF64" | b"FORM" | b"caff":
+            _mend_chunks(_without_tags(content))
+        case b".snd" | b"dns.":
+            _mend_au(_without_tags(content))
+        case b"fLaC":
+            return _open_flac(_without_tags(content), at)
+        case b"NIST":
+            count = re.search(rb"sample_count -i (\d+)", content[:4096])
+            return int(count[1]) if count else None
+        case b"OggS":
+            _check_ogg(content)
+        case _ if content[at : at + 1] == b"\xff":
+            _mend_mp3(content, at)
+    return None
+
+
+def _id3_length(content: bytes | bytearray, at: int = 0) -> int:
+    """Bytes of the ID3v2 tag that players write before the sound, 0 for none."""
+    if content[at : at + 3] != b"ID3" or len(content) < at + 10:
+        return 0
+    size = functools.reduce(lambda size, byte: size << 7 | byte & 127, content[at + 6 : at + 10])
+    return 10 + size + 10 * (content[at + 5] >> 4 & 1)  # perhaps with a footer
+
+
+def _without_tags(content: bytearray) -> bytearray:
+    """`content` itself, after what players write behind the sound, ID3v1 and APE, was taken off."""
+    if content[-128:-125] == b"TAG":
+        del content[-128:]
+    if content[-32:-24] == b"APETAGEX":  # its footer: the length with it, and if there is a header
+        length = int.from_bytes(content[-20:-16], "little") + 32 * (content[-9] >> 7)
+        del content[-min(length, len(content)) :]
+    return content
+
+
+def _compare(said: int, there: int) -> None:
+    """Bytes of sound that a header announces, and that are there. Raises ValueError."""
+    if there < said:
+        raise ValueError(
+            f"cut short: {there:,} bytes of sound; its header says {said:,}. Copy or download it "
+            "again."
+        )
+    if there > said + CRUMBS:
+        raise ValueError(
+            f"{there - said:,} bytes lie behind the end that its header gives; expected nothing "
+            "there. If recordings were joined, join their samples; else convert the file."
+        )
+
+
+def _is_chunk(content: bytearray, at: int, order: str, width: int) -> bool:
+    """Does one begin here: a name, and a length that the file has room for?"""
+    name, rest = bytes(content[at : at + 4]), len(content) - at - 4 - width
+    length = int.from_bytes(content[at + 4 : at + 4 + width], order)
+    known = re.fullmatch(rb"[\w(][\w (){}.+-]{3}", name) and name not in (b"RIFF", b"FORM")
+    return bool(known and 0 <= length <= rest)
+
+
+def _mend_chunks(content: bytearray) -> None:
+    """RIFF, RF64, AIFF, CAF: a name, a length, so many bytes; then the next."""
+    kind = bytes(content[:4])
+    order = "little" if kind in (b"RIFF", b"RF64") else "big"
+    at, width = (8, 8) if kind == b"caff" else (12, 4)
+    while len(content) >= at + 4 + width:
+        start = at + 4 + width
+        length, rest = int.from_bytes(content[at + 4 : start], order), len(content) - start
+        if content[at : at + 4] in (b"data", b"SSND"):
+            if kind == b"RF64" and length == 0xFFFFFFFF:
+                length = int.from_bytes(content[28:36], "little")  # where the chunk ds64 has it
+            empty = rest <= CRUMBS or _is_chunk(content, start, order, width)
+            if length >= OPEN or (length == 0 and not empty):
+                length = rest
+                content[at + 4 : start] = length.to_bytes(width, order)
+            if length > rest:
+                _compare(length, rest)
+        elif not _is_chunk(content, at, order, width):
+            break
+        at = start + length + (length & 1 if width == 4 else 0)
+    _compare(0, max(0, len(content) - at))
+
+
+def _mend_au(content: bytearray) -> None:
+    order = "big" if content[:1] == b"." else "little"
+    start, length = (int.from_bytes(content[i : i + 4], order) for i in (4, 8))
+    rest = max(0, len(content) - start)
+    if length >= OPEN or length == 0:
+        length = rest
+        content[8:12] = length.to_bytes(4, order)
+    _compare(length, rest)
+
+
+def _open_flac(content: bytearray, at: int) -> int | None:
+    """Its length becomes unknown; returns what it was, None if it was unknown before."""
+    if content.find(b"fLaC\0\0\0\x22", at + 4) >= 0:
+        raise ValueError(
+            "several FLAC files in one; expected one recording. Join their samples instead."
+        )
+    word = int.from_bytes(content[at + 18 : at + 26], "big")
+    content[at + 18 : at + 26] = (word >> 36 << 36).to_bytes(8, "big")  # 36 bits: samples
+    return word & (1 << 36) - 1 or None
+
+
+def _check_ogg(content: bytearray) -> None:
+    streams, at = 0, 0
+    while (at := content.find(b"OggS", at)) >= 0:
+        segments = content[at + 27 : at + 27 + content[at + 26]] if len(content) > at + 26 else b""
+        start = at + 27 + len(segments)
+        end = start + sum(segments)
+        if not segments or end > len(content):
+            raise ValueError("cut short: its last page is not whole. Copy or download it again.")
+        begins = content[at + 5] & 2  # the first page of a stream names its codec
+        first = content[start : start + 8]
+        streams += bool(begins) and first.startswith(
+            (b"\x01vorbis", b"Opus", b"\x7fFLAC", b"Speex")
+        )
+        at = end
+    if streams > 1:
+        raise ValueError(
+            f"{streams} streams of sound in one Ogg file; expected one. Decode them and join "
+            "their samples, or extract one."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# MP3
+
+
+KILOBITS = {  # a second, by the samples of a frame: MPEG 1, MPEG 2 and 2.5
+    1152: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    576: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+SIDE = {(1152, False): 36, (1152, True): 21, (576, False): 21, (576, True): 13}  # bytes before Xing
+
+
+@functools.cache
+def _frame(header: int) -> tuple[int, int, tuple[int, bool]] | None:
+    """What four bytes say: (bytes, samples, (rate, is it mono)), or None if no frame begins so."""
+    version, layer, rate = header >> 19 & 3, header >> 17 & 3, header >> 10 & 3
+    index, padding, mono = header >> 12 & 15, header >> 9 & 1, header >> 6 & 3 == 3
+    if header >> 21 != 0x7FF or version == 1 or layer != 1 or rate == 3 or index in (0, 15):
+        return None  # not MPEG's layer III
+    rate = (44_100, 48_000, 32_000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    samples = 1152 if version == 3 else 576
+    return samples * 125 * KILOBITS[samples][index] // rate + padding, samples, (rate, mono)
+
+
+def _is_tagged(content: bytes | bytearray, at: int) -> bool:
+    """Does an MP3's Xing frame begin here?"""
+    frame = _frame(int.from_bytes(content[at : at + 4], "big"))
+    tag = at + SIDE[frame[1], frame[2][1]] if frame else 0
+    return bool(frame) and content[tag : tag + 4] in (b"Xing", b"Info")
+
+
+def mp3_frames(content: bytearray, at: int) -> Iterator[tuple[int, int, int, tuple[int, bool]]]:
+    """(start, end, samples, kind) of all frames; behind other bytes only if RUN stand together."""
+    run, first = [], True
+    while at + 4 <= len(content):
+        frame = _frame(int.from_bytes(content[at : at + 4], "big"))
+        if frame and at + frame[0] <= len(content):
+            run.append((at, at := at + frame[0], *frame[1:]))
+            continue
+        if run and (first or len(run) >= RUN):
+            yield from run
+            first = False
+        elif run:
+            at = run[0][0]
+        run = []
+        at = content.find(b"\xff", at + (_id3_length(content, at) or 1))
+        if at < 0:
+            return
+    if first or len(run) >= RUN:
+        yield from run
+
+
+def mp3_count(content: bytearray, at: int) -> int | None:
+    """Where the Xing frame counts the others, if there is one, and it does."""
+    if not _is_tagged(content, at):
+        return None
+    tag = max(content.find(name, at + 4, at + 44) for name in (b"Xing", b"Info"))
+    return tag + 8 if len(content) > tag + 12 and content[tag + 7] & 1 else None
+
+
+def uncounted(file: Path) -> int | None:
+    """Samples of an MP3 by its frames, if no Xing frame counts them; libsndfile would guess."""
+    with file.open("rb") as stream:
+        content = bytearray(stream.read(1 << 16))
+        if (at := _id3_length(content)) + 64 > len(content):  # behind a picture
+            content += stream.read()
+        if mp3_count(content, at):
+            return None
+        content += stream.read()
+    return sum(samples for _, _, samples, _ in mp3_frames(content, at))
+
+
+def _mend_mp3(content: bytearray, at: int) -> None:
+    """The Xing frame counts all that are there, also of one that had none behind it."""
+    frames = [*mp3_frames(content, at)]
+    if not frames:
+        raise ValueError("no frame of MPEG layer III; expected MP3, FLAC, Ogg or WAV. Convert it.")
+    kinds = dict.fromkeys(kind for *_, kind in frames)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"its frames change among {', '.join(map(_named, kinds))}; expected one recording. "
+            "Join samples instead, or convert the file."
+        )
+    if frames[0][0] + sum(end - start for start, end, *_ in frames) < frames[-1][1]:
+        # libsndfile gives up where much else stands between
+        content[at:] = b"".join(content[start:end] for start, end, *_ in frames)
+    if place := mp3_count(content, at):
+        said, there = int.from_bytes(content[place : place + 4], "big"), len(frames) - 1
+        if there + 1 < said:  # some encoders count the Xing frame too
+            raise ValueError(
+                f"cut short: {there} frames; its header says {said}. Copy or download it again."
+            )
+        if there > said:
+            content[place : place + 4] = there.to_bytes(4, "big")
+        return
+    # Without a count libsndfile takes the first frame's bytes for those of all: it gets one.
+    head = content[at : at + 4]
+    head[1:3] = head[1] | 1, 8 << 4 | head[2] & 0x0C  # no checksum; 64 or 112 kbit/s give it room
+    frame = head.ljust(_frame(int.from_bytes(head, "big"))[0], b"\0")
+    side = SIDE[frames[0][2], frames[0][3][1]]
+    frame[side : side + 12] = b"Info\0\0\0\1" + len(frames).to_bytes(4, "big")
+    content[at:at] = frame
+
+
+def _named(kind: tuple[int, bool]) -> str:
+    return f"{kind[0]} Hz {'mono' if kind[1] else 'stereo'}"
