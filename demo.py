@@ -1,7 +1,7 @@
 """Demo: talk to a DiVA, in the terminal or on a page with a microphone.
 
     python demo.py clip.mp3                          the answer, as it is generated
-    python demo.py clip.mp3 "Answer in German."      under an instruction
+    python demo.py clip.mp3 "Answer in German."      under an instruction, also as --instruction
     python demo.py first.wav second.wav              two turns of one conversation
     python demo.py --serve                           a page at http://127.0.0.1:7860
 
@@ -16,6 +16,7 @@ Reads: connector.py, llama.py, data.py, weights.py.   The last chapter.
 """
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ TOY = Path(__file__).parent / "toy"
 PIECES = 10  # a long recording may be so many windows
 FRAME = SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
 SHOWN = 24  # virtual tokens that are shown as words
+ENDINGS = set(".wav .mp3 .flac .ogg .oga .opus .m4a .mp4 .aac .aif .aiff .au .webm".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,10 +290,8 @@ def notice(assistant: Assistant, long: bool) -> str:
 
 
 def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
-    """A Gradio page: a recording, perhaps an instruction, and the conversation.
-
-    Needs the extra `demo`. Nothing is fetched from elsewhere.
-    """
+    """A Gradio page: a recording, perhaps an instruction, and the conversation. Needs the extra
+    `demo`; nothing is fetched from elsewhere."""
     try:
         import gradio as gr
     except ModuleNotFoundError as error:
@@ -379,17 +379,26 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def clips_and_instruction(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """The last word is an instruction if it is no file and does not look like the name of one."""
-    if len(words) > 1 and not Path(words[-1]).exists() and " " in words[-1]:
-        return list(words[:-1]), words[-1]
-    return list(words), None
+def clips_and_instruction(words: Sequence[str], told: str | None) -> tuple[list[str], str | None]:
+    """Without an instruction `told`, the last word is one, if it has a blank, is no file, and does
+    not end as recordings do. Raises FileNotFoundError for a clip that is missing."""
+    clips, last = list(words), words[-1] if len(words) > 1 else ""
+    is_clip = os.path.exists(last) or Path(last).suffix.lower() in ENDINGS
+    if told is None and " " in last and not is_clip:
+        told = clips.pop()
+    if missing := [clip for clip in clips if not os.path.isfile(clip)]:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing; expected an audio file. Check the path; what is meant as an "
+            "instruction can be given as --instruction TEXT."
+        )
+    return clips, told
 
 
 def main(
     words: Annotated[tuple[str, ...], tyro.conf.Positional] = (
         str(TOY / "common_voice/en/clips/toy_en_test_00000.opus"),
     ),
+    instruction: str | None = None,
     model: str = "toy/diva",
     sample: bool = False,
     temperature: float = 0.7,
@@ -405,6 +414,7 @@ def main(
 
     Args:
         words: recordings, each a turn of one conversation; behind them perhaps an instruction.
+        instruction: what to do with what is said; needed so if it is one word.
         model: folder or repo id of a trained DiVA, ours or a published one.
         sample: draw tokens instead of taking the likeliest.
         temperature: of drawing; lower is closer to the likeliest.
@@ -430,7 +440,7 @@ def main(
         assistant.warm_up(sampling)
         serve(blocks, host, port)
         return
-    clips, instruction = clips_and_instruction(words)
+    clips, instruction = clips_and_instruction(words, instruction)
     talk(Assistant.load(model), clips, instruction, sampling, long)
 
 

@@ -162,26 +162,20 @@ def evaluate(
             f"--batch-size {batch_size} --limit {limit}; expected a batch of at least one clip, "
             "and a limit of 0 (all) or more."
         )
-    start, home = time.monotonic(), weights.resolve(model)
-    folder = Path(out or (home if Path(model).is_dir() else Path("runs") / Path(model).name))
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = read_tasks(tasks, split)
+    start, settings = time.monotonic(), read_tasks(tasks, split)
     items = [
         Item(name, task.ask(example), example)
         for name, task in settings.items()
         for example in (suites.sample(task.examples, limit) if limit else task.examples)
     ]
-    others = read_others(predictions, items)
+    others, home = read_others(predictions, items), weights.resolve(model)
+    folder = Path(out or (home if Path(model).is_dir() else Path("runs") / Path(model).name))
+    folder.mkdir(parents=True, exist_ok=True)
     kept = Predictions(folder / "predictions.jsonl", fingerprint(home))
     ask_what_is_lacking(home, items, kept, batch_size)
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
     found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
-    found["systems"] = list(answers)
-    found["errors"] = {
-        item.example.audio: line["error"]
-        for item in items
-        if "error" in (line := kept.get("diva", item))
-    }
+    found |= {"systems": list(answers), "errors": kept.errors(items)}
     found["tasks"], scores = {}, collections.defaultdict(dict)
     for name, task in settings.items():
         rows = [i for i, item in enumerate(items) if item.task == name]

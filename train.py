@@ -102,11 +102,7 @@ class Config(Recipe):
     max_undecodable: float = 0.01
 
     def __post_init__(self):
-        least = {"steps": 1, "batch_size": 1, "save_every": 1, "keep": 1, "log_every": 1, "seed": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(self, name)}: expected at least {smallest}.")
+        command.at_least(self, steps=1, batch_size=1, save_every=1, keep=1, log_every=1, seed=0)
         if self.tasks and self.out and files.in_bucket(self.out):
             raise ValueError(
                 f"--tasks {self.tasks}: a student in a bucket is not evaluated. Expected --tasks "
@@ -157,9 +153,7 @@ def resume_command(config: Config) -> str:
 
 def with_dtype(config: Config, platform: str) -> Config:
     """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
-    if config.dtype != "auto":
-        return config
-    dtype = connector.compute_dtype(platform)
+    dtype = connector.compute_dtype(platform) if config.dtype == "auto" else config.dtype
     return dataclasses.replace(config, dtype=dtype)
 
 
@@ -219,16 +213,9 @@ def learning_rate(recipe: Recipe, step: int | Array) -> Float[Array, ""]:
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW with the paper's constants, behind a clip of the global gradient norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(
-            functools.partial(learning_rate, recipe),
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=recipe.weight_decay,
-        ),
-    )
+    rate = functools.partial(learning_rate, recipe)
+    adamw = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=recipe.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
 
 
 @functools.partial(
@@ -325,27 +312,30 @@ def compile_for(config: Config) -> compiling.SliceProgram:
     return compiling.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
 
 
-def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Frozen], Any, float]:
-    """All that a run needs: its clips, its state, the compiled step, and FLOPs of one clip.
-
-    The run's folder notes which clips and which template it began with. Raises ValueError.
-    """
-    out, chat = epath.Path(config.out), llama.Chat.load(config.llm)
-    asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
-    queries = config.queries or asr.max_target_positions
+def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
+    """The clips, prefix and suffix of the template, and FLOPs of one clip. The folder notes what
+    run it is when all is known to be right that can be without weights. Raises ValueError."""
     clips = data.read_clips(config.data, config.split)
+    asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
+    llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
+    connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
+    chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
     corpus = data.prepare(clips, chat.encode_batch, asr.window_samples, max_tokens=queries)
-    record.claim_everywhere(out / "clips.json", corpus.digest())
-    # Some templates write today's date: the run keeps the day on which it began.
     turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
-    turn = record.claim_everywhere(out / "turn.json", turn, keep=True)
+    recipe = dataclasses.asdict(recipe_of(config))
+    turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
+    positions = len(turn["prefix"] + turn["suffix"])
+    return corpus, turn, sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
+
+
+def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Frozen], Any, float]:
+    """All that a run needs: its clips, its state, the compiled step, and FLOPs of one clip."""
+    corpus, turn, work = claim(config)
     state = start_state(config, mesh, turn)
-    batch = data.batch_shapes(config.batch_size, asr.window_samples, corpus.max_length)
+    batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, compiling.room_here(), state, batch)
-    llm, positions = state[2].diva.llm.config, len(turn["prefix"] + turn["suffix"])
-    work = sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
     seconds = time.perf_counter() - began
     if jax.process_index() == 0:
         took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)
@@ -356,8 +346,9 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Froz
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
-    """Train on from the newest checkpoint; export at the end. Returns the steps done."""
+def train(config: Config, mesh: Mesh) -> tuple[int, str]:
+    """Train on from the newest checkpoint; export at the end. Returns the steps done, and what
+    asked to stop, if anything did."""
     out = epath.Path(config.out)
     corpus, (params, opt_state, frozen), compiled, work = start(config, mesh)
     manager = record.open_checkpoints(config)
@@ -367,8 +358,9 @@ def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
         print(f"resuming {out} at step {step} of {config.steps}", flush=True)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     order = {"batch_size": config.batch_size, "seed": config.seed, "start_step": step}
-    batches, log = data.batches(corpus, **order, **process), record.Log(config, step, work, PARTS)
-    try:
+    batches = data.batches(corpus, **order, **process)
+    log = record.Log(config, step, work, PARTS, corpus.undecodable)
+    with record.Stop() as stop, record.closing(log, manager):
         while step < min(config.steps, config.until or config.steps) and not stop.before(step):
             began = time.perf_counter()
             batch = sharding.to_devices(next(batches), mesh)
@@ -386,13 +378,9 @@ def train(config: Config, mesh: Mesh, stop: record.Stop) -> int:
         log.settle()
         if step > saved:
             record.save(manager, step, params, opt_state)
-    finally:
-        log.close()
-        with record.writing(manager.directory):
-            manager.close()
     if step == config.steps:
         export(config, eqx.combine(params, frozen.diva))
-    return step
+    return step, stop.asked
 
 
 def export(config: Config, diva: connector.DiVA) -> None:
@@ -405,24 +393,25 @@ def export(config: Config, diva: connector.DiVA) -> None:
 
 def run(config: Config) -> None:
     """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
+    from evaluation.tasks import read_tasks  # what is asked of a student is the next chapter's
+
     given, out = config, epath.Path(config.out)
     if files.in_bucket(out):
         record.look_into(out)
     config = with_dtype(config, jax.default_backend())
     mesh = sharding.make_mesh(config.batch_size, config.fsdp)
-    record.claim_everywhere(out / "train.json", dataclasses.asdict(recipe_of(config)))
-    finished = sharding.from_first(lambda: (out / "model.safetensors").exists())
+    if config.tasks:  # told now, not after a night of training
+        sharding.from_first(lambda: len(read_tasks([config.tasks])))
+    recipe = dataclasses.asdict(recipe_of(config))
+    finished = sharding.from_first(lambda: record.is_finished(out, recipe))
     speaks = jax.process_index() == 0
     if finished and speaks:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
     if not finished:
-        with record.Stop() as stop:
-            steps = train(config, mesh, stop)
+        steps, asked = train(config, mesh)
         if steps < config.steps:
             if speaks:
-                why = (
-                    f"stopped at step {steps} of {config.steps} ({stop.asked or '--until'}); saved"
-                )
+                why = f"stopped at step {steps} of {config.steps} ({asked or '--until'}); saved"
                 print(f"{why}. Go on with:\n  {resume_command(given)}", flush=True)
             return
     if speaks:
@@ -447,6 +436,7 @@ def main() -> None:
     """The command line."""
     config = parse(sys.argv[1:])
     if config.compile_only:
+        print(f"compiling for {config.compile_only}: this takes minutes", flush=True)
         print(compiling.slice_report(config, compile_for(config)))
     else:
         sharding.join_cluster()
@@ -456,4 +446,4 @@ def main() -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("weights").setLevel(logging.INFO)
-    command.run(main)
+    command.run(main, "stopped; start the same command again to go on")

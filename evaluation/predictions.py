@@ -18,12 +18,14 @@ class Predictions:
     """predictions.jsonl: one line for each answer of each system.
 
     A line's key is a digest of the model and of all that is asked: what was answered by other
-    weights, to another prompt or about another transcript is not taken for an answer.
+    weights, to another prompt, about another transcript or to another sound is not taken for an
+    answer. A clip that has been moved is still the same.
     """
 
     def __init__(self, file: Path, model: str):
         self.file, self.model = file, model
         self.lines: dict[str, dict] = {}
+        self.sounds: dict[str, str] = {}  # by clip: read once, since each has many keys
         self.stream: TextIO | None = None
         before = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         self.cut = bool(before) and not before.endswith("\n")  # a killed run's last line
@@ -38,12 +40,29 @@ class Predictions:
     def key(self, system: str, item: Item) -> str:
         example = item.example
         asked = [system, item.task, *dataclasses.astuple(item.ask), example.id, example.text]
-        text = json.dumps([*asked, Path(example.audio).name])
+        heard = [] if system == "text" else [self.sound(example.audio)]
+        text = json.dumps(asked + heard)
         return f"{self.model}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def sound(self, clip: str) -> str:
+        """A digest of a clip's content; of one that is missing, its name."""
+        if clip not in self.sounds:
+            try:
+                with open(clip, "rb") as file:
+                    self.sounds[clip] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError:
+                self.sounds[clip] = Path(clip).name
+        return self.sounds[clip]
 
     def get(self, system: str, item: Item) -> dict | None:
         """The line of an answer, or None; of a clip that gave none, it says the reason."""
         return self.lines.get(self.key(system, item))
+
+    def errors(self, items: list[Item]) -> dict[str, str]:
+        """{clip: why diva has no answer to it}."""
+        lines = (self.get("diva", item) or {} for item in items)
+        pairs = zip(items, lines, strict=True)
+        return {item.example.audio: line["error"] for item, line in pairs if "error" in line}
 
     def lacks(self, system: str, item: Item) -> bool:
         """What could not be answered is lacking too: the clip may be mended by now. A transcript

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from evaluation.metrics import METRICS, NO_LABELS
 from evaluation.published import PUBLISHED_SYSTEMS
@@ -177,9 +176,10 @@ def _published(found: dict[str, Any]) -> list[str]:
 
 def chart(found: dict[str, Any], task: str, file: Path) -> None:
     """Grouped bars of the headline by group, all systems, 95 % intervals, as file.png and .svg."""
+    from matplotlib.figure import Figure  # takes a second, which a wrong flag need not wait for
+
     part = found["tasks"][task]
-    metric = headline(part)
-    groups = part["groups"].items()
+    metric, groups = headline(part), part["groups"].items()
     places = [(group, entries[metric]) for group, entries in groups if metric in entries]
     places.append(("", part["metrics"][metric]))  # all of them
     published = {

@@ -17,7 +17,6 @@ Reads: nothing of ours.   Read next: report.py.
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float, Int
 
 RESAMPLES = 10_000
@@ -118,4 +117,6 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def against_chance(right: int, clips: int, labels: int) -> float:
     """p of as many right answers by guessing among the labels: exact binomial test, two-sided."""
+    import scipy.stats  # takes a second, which a wrong flag need not wait for
+
     return float(scipy.stats.binomtest(right, clips, 1 / labels).pvalue)

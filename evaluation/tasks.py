@@ -112,13 +112,19 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
     settings |= {"suite": suite_name, "examples": examples}
     settings |= {key: tuple(settings[key]) for key in ("metrics", "labels")}
     task = Task(**settings)
+    _check_answers(task, where)
+    return task
+
+
+def _check_answers(task: Task, where: str) -> None:
+    """Raises ValueError if the labels cannot be told apart, or an example does not fit the task."""
     labels = [metrics.normalise(label) for label in task.labels]
     if len({*labels, *metrics.NO_LABELS}) < len(labels) + len(metrics.NO_LABELS):
         raise ValueError(
             f"{where}: labels {', '.join(task.labels)}; expected labels that differ in more than "
             f"case and punctuation, and none called {' or '.join(metrics.NO_LABELS)}. Rename some."
         )
-    for example in examples:
+    for example in task.examples:
         if labels and metrics.normalise(example.answers[0]) not in labels:
             raise ValueError(
                 f"{where}: the answer of {example.id} is {example.answers[0]!r}; expected one of "
@@ -129,7 +135,6 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
                 f"{where}: {example.id} has no language, which the prompt asks for; expected one "
                 f"of {', '.join(suites.LANGUAGES)}."
             )
-    return task
 
 
 def _wrong(settings: dict[str, Any]) -> list[str]:

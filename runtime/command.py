@@ -1,16 +1,22 @@
 """Command: a chapter run from the command line.
 
-Every error that a user can cause is one line, and exit code 1.
+Every error that a user can cause is one line, and exit code 1; Ctrl-C is one line, and 130. What a
+terminal cannot show is printed as "?".
 
 Reads: nothing of ours.   Read next: files.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import shlex
+import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,11 +30,24 @@ ALONE = (
 )
 
 
-def run(main: Callable[[], object]) -> None:
-    """Call `main`; of several processes one that fails ends at once, so that the others hear it."""
+STOPPED = 130  # exit code after Ctrl-C, as shells have it
+PATIENCE = 2.0  # seconds
+
+
+def run(main: Callable[[], object], stopped: str = "stopped") -> None:
+    """Call `main`; of several processes one that fails ends at once, so that the others hear it.
+
+    `stopped` is what is said after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        main()
+        with _ctrl_c_is_heard(stopped):
+            main()
         return
+    except KeyboardInterrupt:
+        _end_at_once(stopped)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
     except jax.errors.JaxRuntimeError as error:
@@ -40,6 +59,41 @@ def run(main: Callable[[], object]) -> None:
     sys.exit(1)
 
 
+@contextlib.contextmanager
+def _ctrl_c_is_heard(stopped: str) -> Iterator[None]:
+    """Python hears Ctrl-C between two of its own steps, but XLA may compile for minutes: so a
+    thread waits for it too, and ends the process if nothing has come of it after PATIENCE."""
+    hear, tell = socket.socketpair()
+    tell.setblocking(False)
+    done = threading.Event()
+
+    def wait() -> None:
+        while number := hear.recv(1):
+            raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            if number[0] == signal.SIGINT and raises and not done.wait(PATIENCE):
+                _end_at_once(stopped)
+
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        done.set()
+        tell.close()
+        thread.join()
+        hear.close()
+
+
+def _end_at_once(stopped: str) -> None:
+    """Without waiting for threads that still read, compile or write: nothing of ours is half done
+    that the next start would take for whole."""
+    print(f"\n{stopped}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(STOPPED)
+
+
 def parse(presets: dict[str, Config], args: Sequence[str], program: str) -> Config:
     """The configuration of a command line: the preset that it names (or the first), and flags that
     override its fields."""
@@ -49,6 +103,14 @@ def parse(presets: dict[str, Config], args: Sequence[str], program: str) -> Conf
     if name not in presets:
         raise ValueError(f"--preset {name}: no such preset; expected one of {', '.join(presets)}.")
     return tyro.cli(type(presets[name]), default=presets[name], args=args, prog=program)
+
+
+def at_least(config: Any, **least: int) -> None:
+    """Raises ValueError for a field below the smallest number that it may be."""
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(config, name)}: expected at least {smallest}.")
 
 
 def line(presets: dict[str, Any], config: Any, program: str, without: Sequence[str]) -> str:

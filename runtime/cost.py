@@ -46,7 +46,7 @@ SHARE = 0.4  # of peak: what a well-fed transformer of this size reaches in prac
 
 def gib(size: float | int) -> str:
     """Bytes, for people."""
-    return f"{size / GIB:.2f} GiB"
+    return f"{round(size / GIB, 2) + 0.0:.2f} GiB"  # + 0: without a sign before zero
 
 
 # Sizes of the presets' models, under the names of their config.json: enough to compile for a slice.

@@ -28,7 +28,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -67,6 +66,17 @@ def writing(where: Any) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def closing(log: "Log", manager: ocp.CheckpointManager) -> Iterator[None]:
+    """However the run ends: its log is written, and what began to be saved is saved."""
+    try:
+        yield
+    finally:
+        log.close()
+        with writing(manager.directory):
+            manager.close()
+
+
 # ------------------------------------------------------------------------------------------ the log
 
 
@@ -76,10 +86,19 @@ class Log:
     Every process reads, since each must stop when the run goes wrong; the first one also writes.
     """
 
-    def __init__(self, config: Any, start: int, work: float, parts: tuple[str, ...]):
-        """`work`: FLOPs of one clip, by hand; `parts`: what the step's `finite` speaks of."""
-        self.config, self.parts, self.pending = config, parts, None
+    def __init__(
+        self,
+        config: Any,
+        start: int,
+        work: float,
+        parts: tuple[str, ...],
+        undecodable: dict[str, str],
+    ):
+        """`work`: FLOPs of one clip, by hand; `parts`: what the step's `finite` speaks of;
+        `undecodable`: {clip: reason}, which grows while clips are read."""
+        self.config, self.parts, self.undecodable, self.pending = config, parts, undecodable, None
         self.seen = self.lost = 0  # clips since this start; those of them without usable audio
+        self.heard = start > 0  # no checkpoint is written before a clip was
         self.file = epath.Path(config.out) / "metrics.jsonl"
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         # line i is step i; what follows the checkpoint will be done again
@@ -121,9 +140,20 @@ class Log:
         self._check_clips(row)
 
     def settle(self) -> None:
-        """All that has been done is known to be good, and written down."""
+        """All that has been done is known to be good, and written down.
+
+        Raises what `read` does, and ValueError if no clip at all was heard: that is no training.
+        """
         self.read()
         self.write()
+        if self.seen and not self.heard:
+            self.bar.close()
+            first = ", ".join([*self.undecodable][:3])
+            raise ValueError(
+                f"{self.config.data}: none of the first {self.seen} clips could be decoded, so "
+                f"nothing was learnt and nothing is saved; the first are {first}. The log above "
+                "says what is wrong with each. Mend them, or check --data."
+            )
 
     def write(self) -> None:
         """Bring metrics.jsonl up to date: at each line shown, each checkpoint and the end."""
@@ -174,6 +204,7 @@ class Log:
     def _check_clips(self, row: dict) -> None:
         self.seen += self.config.batch_size
         self.lost += int(row["undecodable"])
+        self.heard |= row["undecodable"] < self.config.batch_size
         if self.lost > self.config.max_undecodable * max(self.seen, 1000):
             self.bar.close()
             raise ValueError(
@@ -185,6 +216,8 @@ class Log:
 
 def plot(folder: epath.Path) -> epath.Path:
     """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
+    from matplotlib.figure import Figure  # takes a second, which a wrong flag need not wait for
+
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = np.array([row["step"] for row in rows])
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -273,6 +306,16 @@ def export(out: epath.Path, save_to: Callable[[str], None], names: tuple[str, ..
                 (epath.Path(folder) / name).copy(out / name, overwrite=True)
 
 
+def claim_run(out: epath.Path, recipe: dict, clips: dict, turn: dict) -> dict[str, Any]:
+    """Note in the run's folder what run it is; in one that began, see that it is the same.
+
+    Returns the turn it began with: some templates write today's date, and the run keeps its first.
+    """
+    claim_everywhere(out / "train.json", recipe)
+    claim_everywhere(out / "clips.json", clips)
+    return claim_everywhere(out / "turn.json", turn, keep=True)
+
+
 def claim_everywhere(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
     """`claim`, by process 0 for all: what it says or raises, all of them do."""
     found = sharding.from_first(lambda: claim(file, ours, keep))
@@ -289,13 +332,28 @@ def claim_everywhere(file: epath.Path, ours: dict[str, Any], keep: bool = False)
     return found
 
 
+def began(out: epath.Path) -> bool:
+    """Whether the folder holds anything of a run but what it was meant to be."""
+    checkpoints = out / "checkpoints"
+    saved = checkpoints.exists() and any(checkpoints.iterdir())
+    return saved or any((out / name).exists() for name in ("metrics.jsonl", "model.safetensors"))
+
+
+def is_finished(out: epath.Path, recipe: dict[str, Any]) -> bool:
+    """Whether a run of this recipe has written its student there."""
+    if not all((out / name).is_file() for name in ("train.json", "model.safetensors")):
+        return False
+    theirs = files.read_json(out / "train.json")
+    return all(theirs.get(name) == value for name, value in recipe.items())
+
+
 def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
-    """Write down what this run is; or, where it is written already, see that it is the same run.
+    """Write down what this run is; or, where one began already, see that it is the same run.
 
     Returns what is written; with `keep` the old values stand, whatever the new ones are.
     Raises ValueError naming every difference, OSError if the folder cannot be written.
     """
-    if file.is_file():
+    if file.is_file() and began(file.parent):
         theirs = files.read_json(file)
         if keep:
             return theirs
@@ -317,7 +375,8 @@ def claim(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[st
 
 
 class Stop:
-    """Turns the first SIGTERM (preemption) or Ctrl-C into a wish; a second one ends at once.
+    """Turns the first SIGTERM (preemption) or Ctrl-C between two steps into a wish; a second one
+    ends at once, as one does before the first step, when there is nothing to save yet.
 
     Of several processes a preemption may reach only one: there JAX listens for SIGTERM and makes
     them agree on the step to stop at.
@@ -336,8 +395,10 @@ class Stop:
         return bool(self.asked)
 
     def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.signal(number, self.old[signal.Signals(number)])
+            signal.raise_signal(number)
         self.asked = signal.Signals(number).name
-        signal.signal(number, self.old[signal.Signals(number)])
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.old.items():

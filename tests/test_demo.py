@@ -368,16 +368,42 @@ def test_what_is_no_file_is_refused(assistant, tmp_path, where):
         (["a.wav", "Answer in German."], 1, "Answer in German."),
         (["a.wav", "b.wav", "be brief"], 2, "be brief"),
         (["two words.wav"], 1, None),
+        (["a.wav", "two words.wav"], 2, None),
+        (["a.wav", "no ending"], 2, None),
+        (["a.wav", "Answer in German or/and French, please."], 1, "Answer in German or/and F"),
+        (["a.wav", "Say it. " * 60], 1, "Say it. "),
+        (["a.wav", "Read version 1.5 aloud"], 1, "Read version 1.5 aloud"),
     ],
 )
-def test_the_last_words_may_be_an_instruction(words, clips, instruction):
-    found = demo.clips_and_instruction(words)
-    assert (len(found[0]), found[1]) == (clips, instruction)
+def test_the_last_words_may_be_an_instruction(words, clips, instruction, tmp_path, monkeypatch):
+    """Where they are neither a file nor called like one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.wav", "b.wav", "b.mp3", "two words.wav", "no ending"):
+        (tmp_path / name).touch()
+    found = demo.clips_and_instruction(words, None)
+    assert found[0] == words[:clips]
+    assert found[1] == instruction or found[1].startswith(instruction)
 
 
-def test_a_file_whose_name_has_a_space_is_a_clip(tmp_path):
-    file = write(tmp_path / "my clip.wav", tone(0.1))
-    assert demo.clips_and_instruction(["a.wav", str(file)]) == (["a.wav", str(file)], None)
+@pytest.mark.parametrize("told", ["Translate.", "Answer in German."])
+def test_an_instruction_that_is_told_leaves_all_words_to_clips(told, tmp_path):
+    file = str(tmp_path / "my clip")
+    Path(file).touch()
+    assert demo.clips_and_instruction([file], told) == ([file], told)
+    with pytest.raises(FileNotFoundError, match=r"^be brief is missing"):
+        demo.clips_and_instruction([file, "be brief"], told)
+
+
+@pytest.mark.parametrize(
+    "words", [["my clip.wav"], ["{a}", "my clip.wav"], ["{a}", "my clip.MP3"], ["{a}", "Translate"]]
+)
+def test_a_clip_that_is_missing_is_named_before_models_are_loaded(words, tmp_path, monkeypatch):
+    """Also one with a blank in its name; and one word alone is no instruction."""
+    there = write(tmp_path / "a.wav", tone(0.1))
+    monkeypatch.setattr(demo, "keep_compiled", lambda: None)
+    monkeypatch.setattr(demo.Assistant, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(FileNotFoundError, match=rf"^{words[-1]} is missing; .*--instruction TEXT"):
+        tyro.cli(demo.main, args=[word.format(a=there) for word in words])
 
 
 def test_the_command_prints_what_was_heard_and_answered(capsys, monkeypatch):
@@ -388,6 +414,8 @@ def test_the_command_prints_what_was_heard_and_answered(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[::3]] == ["heard", "heard"]
     assert lines[1].startswith("answer: what is") and "first token after" in lines[2]
+    tyro.cli(demo.main, args=[*clips, "--instruction", "Repeat the input."])
+    assert capsys.readouterr().out.splitlines()[1] == lines[1]
 
 
 def test_errors_are_one_line_and_exit_code_1(tmp_path):

@@ -7,6 +7,7 @@ the models say, a stand-in for `systems.answer` says it. Axes: N items, Y system
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import shutil
@@ -401,6 +402,40 @@ def test_an_answer_stays_one_where_only_the_references_or_the_folder_changed(fil
     for line in read_lines(file):
         told = line["references"], line["audio"], line["group"], line["answer"]
         assert told == (["two", "2"], "/there/0.wav", "usa", "two"), line["system"]
+
+
+def test_an_answer_is_to_a_sound_wherever_it_lies_and_not_to_a_name(file, tmp_path):
+    """Another clip of that name, or one that has changed, is asked about; a moved one is not."""
+    clips = {name: tmp_path / name / "0.wav" for name in ("here", "there", "moved")}
+    for clip, content in zip(clips.values(), (b"a", b"b", b"a"), strict=True):
+        clip.parent.mkdir()
+        clip.write_bytes(content)
+    items = {name: one_item(audio=str(clip)) for name, clip in clips.items()}
+    evaluation.Predictions(file, MODEL).tell("diva", items["here"], "two", {})
+
+    def lacking() -> list[str]:
+        kept = evaluation.Predictions(file, MODEL)
+        return [name for name, item in items.items() if kept.lacks("diva", item)]
+
+    assert lacking() == ["there"]
+    clips["here"].write_bytes(b"c")
+    assert lacking() == ["here", "there"]
+    clips["here"].unlink()  # what is not there has no sound: its name says which clip it was
+    assert lacking() == ["here", "there"]
+    clips["moved"].rename(clips["here"])
+    assert lacking() == ["there", "moved"]
+
+
+def test_a_clip_is_read_once_for_all_its_keys(file, tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(b"a")
+    item, reads, plain = one_item(audio=str(tmp_path / "a.wav")), [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: reads.append(1) or plain(*a))
+    kept = evaluation.Predictions(file, MODEL)
+    assert len({kept.key(system, item) for system in SYSTEMS}) == 4 and len(reads) == 1
+    (tmp_path / "a.wav").write_bytes(b"b")
+    again = evaluation.Predictions(file, MODEL)
+    same = [system for system in SYSTEMS if again.key(system, item) == kept.key(system, item)]
+    assert same == ["text"], "it hears nothing"
 
 
 def test_what_could_not_be_answered_is_asked_again_and_says_why(file):
@@ -904,6 +939,26 @@ def test_what_is_returned_is_what_stands_in_eval_json(tmp_path, made_up, capsys)
     assert report.table(run.found) in capsys.readouterr().out
     written = {path.name for path in run.folder.iterdir()}
     assert written >= {"eval.json", "predictions.jsonl", "report.html", "cases.tsv", "charts"}
+
+
+@pytest.mark.parametrize("wrong", ["tasks", "predictions", "model"])
+def test_what_is_wrong_is_told_before_a_model_is_loaded_or_a_folder_made(
+    tmp_path, made_up, monkeypatch, wrong
+):
+    """Tasks and predictions before the model is even looked for: it may be far away."""
+    monkeypatch.setattr(systems.Models, "load", lambda *_: pytest.fail("a model was loaded"))
+    sought, plain = [], evaluation.weights.resolve
+    monkeypatch.setattr(evaluation.weights, "resolve", lambda m: sought.append(m) or plain(m))
+    write_tasks(tmp_path, {"qa": manifest(tmp_path, 2)})
+    given = {"model": tmp_path / "model", "tasks": [tmp_path], "predictions": ()}
+    given |= {
+        "tasks": {"tasks": [tmp_path / "taks"]},
+        "predictions": {"predictions": [f"other={tmp_path}/nowhere.jsonl"]},
+        "model": {"model": tmp_path / "no/such/model"},
+    }[wrong]
+    with pytest.raises(FileNotFoundError, match={"tasks": "taks: no such"}.get(wrong, "no")):
+        evaluation.evaluate(**given, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and bool(sought) == (wrong == "model")
 
 
 def test_the_split_of_the_command_is_the_one_that_is_scored(tmp_path, made_up):

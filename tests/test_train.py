@@ -627,18 +627,32 @@ def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path)
     assert a == b
 
 
-def test_a_finished_run_is_not_run_again(root, finished, monkeypatch, capsys):
+def write_tasks(folder: Path, root: Path) -> str:
+    """One question to the first clip and one to a clip that is not there; returns the folder."""
+    write_json(
+        folder / "tasks.json", {"qa": {"suite": "manifest", "path": "qa.jsonl", "metrics": ["f1"]}}
+    )
+    rows = [
+        {"audio": str(root / f"cv/clips/{name}.wav"), "text": "one", "answer": "two"}
+        for name in ("0", "nowhere")
+    ]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_finished_run_is_not_run_again(root, finished, tmp_path, monkeypatch, capsys):
     """Started again it says so, and evaluates if that is still to do; or shows the table again."""
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     asked = []
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **_: asked.append(args))
     train.run(config_of(root, finished))
     assert "is finished (30 steps)" in capsys.readouterr().out and not asked
-    train.run(config_of(root, finished, tasks="some/tasks"))
-    assert asked == [(str(finished), ["some/tasks"])]
+    tasks = write_tasks(tmp_path / "tasks", root)
+    train.run(config_of(root, finished, tasks=tasks))
+    assert asked == [(str(finished), [tasks])]
     report = finished / "eval.json"
     report.write_text((Path(train.__file__).parent / "toy/diva/eval.json").read_text())
-    train.run(config_of(root, finished, tasks="some/tasks"))
+    train.run(config_of(root, finished, tasks=tasks))
     report.unlink()
     assert "spoken_qa" in capsys.readouterr().out and len(asked) == 1
 
@@ -653,6 +667,121 @@ def test_another_configuration_is_refused(root, finished, tmp_path):
     message = str(error.value)
     assert "seed was 0, now 3" in message and "learning_rate was 0.01, now 1.0" in message
     assert "--out" in message and str(finished) in message
+
+
+WRONG = {
+    "data": ({"data": "typo.json"}, "typo.json: no such file or folder"),
+    "split": ({"split": "trian"}, "no split 'trian'"),
+    "whisper": ({"whisper": "no/such/whisper"}, "no/such/whisper: neither a folder here"),
+    "llm": ({"llm": "no/such/llama"}, "no/such/llama: neither a folder here"),
+    "queries": ({"queries": 9}, "queries: got 9; expected 1 to 8"),
+    "tasks": ({"tasks": "no/such/tasks"}, "no/such/tasks: no such tasks"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_told_before_anything_is_loaded_or_written(
+    root, finished, tmp_path, monkeypatch, name
+):
+    """So the right command begins in the same folder. In one that is finished it is told, too, and
+    not that the folder is another run's."""
+    monkeypatch.setattr(train, "start_state", lambda *_: pytest.fail("weights were loaded"))
+    changes, message = WRONG[name]
+    for out in (tmp_path / "out", finished):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+            train.run(config_of(root, out, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_audio_of_a_task_is_a_warning(root, tmp_path, caplog, monkeypatch):
+    """Before the first step; the run goes on."""
+    monkeypatch.setattr(train, "train", lambda *_: (0, "what was asked"))
+    train.run(config_of(root, tmp_path / "out", tasks=write_tasks(tmp_path, root)))
+    assert "the audio of 1 of 2 clips is missing" in caplog.text and "nowhere.wav" in caplog.text
+
+
+def test_a_run_that_took_no_step_leaves_its_folder_to_another(root, tmp_path, monkeypatch):
+    """Say, one that did not fit into memory: a smaller batch may be tried. From the first step on
+    the folder is its own."""
+    out = tmp_path / "out"
+
+    def full(*_):
+        raise ValueError("does not fit")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="does not fit"):
+        patch.setattr(train, "compile_step", full)
+        train.run(config_of(root, out, batch_size=16))
+    assert files.read_json(out / "train.json")["batch_size"] == 16
+    train.run(config_of(root, out, until=1))
+    assert files.read_json(out / "train.json")["batch_size"] == 8
+    for lost in ("checkpoints", "metrics.jsonl"):  # either alone is of a run
+        kept = tmp_path / "kept"
+        (out / lost).rename(kept)
+        with pytest.raises(ValueError, match="batch_size was 8, now 16"):
+            train.run(config_of(root, out, batch_size=16))
+        kept.rename(out / lost)
+
+
+def test_a_run_that_heard_no_clip_saves_and_exports_nothing(root, tmp_path, monkeypatch):
+    """The first clips are named; with clips that have been mended the same command begins."""
+    folder, out = clone_data(root, tmp_path, monkeypatch), tmp_path / "out"
+    good = {file: file.read_bytes() for file in (folder / "clips").iterdir()}
+    for file in good:
+        file.write_bytes(b"RIFF, but not really")
+    config = config_of(root, out, steps=1)
+    with pytest.raises(
+        ValueError, match=r"cv: none of the first 8 clips .*first are cv/clips/\d\.wav"
+    ):
+        train.run(config)
+    assert not (out / "model.safetensors").exists() and not list((out / "checkpoints").iterdir())
+    for file, content in good.items():
+        file.write_bytes(content)
+    train.run(config)
+    assert rows_of(out)[0]["undecodable"] == 0 and (out / "model.safetensors").exists()
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(root, tmp_path):
+    """While weights are loaded or the step compiles: one line, 130; nothing stands in the way."""
+    out = tmp_path / "out"
+    code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    flags = shlex.split(train.resume_command(config_of(root, out, fsdp=1, batch_size=8)))[2:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, train.__file__, *flags],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "turn.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert error.strip().splitlines()[-1] == "stopped; start the same command again to go on"
+    assert not record.began(epath.Path(out))
+
+
+def test_the_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), record.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.before(0) and stop.asked == "SIGINT"
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_compiling_for_a_slice_says_that_it_takes_its_time(capsys, monkeypatch):
+    """Before it begins, since for minutes nothing else is said."""
+
+    def compile_for(config):
+        assert capsys.readouterr().out == "compiling for v4:2x2x1: this takes minutes\n"
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--compile-only", "v4:2x2x1"])
+    monkeypatch.setattr(train, "compile_for", compile_for)
+    monkeypatch.setattr(train.compiling, "slice_report", lambda *_: "the report")
+    train.main()
+    assert capsys.readouterr().out == "the report\n"
 
 
 def test_other_clips_are_refused(root, tmp_path, monkeypatch):

@@ -316,7 +316,7 @@ def drawn(tmp_path, monkeypatch) -> Callable[..., Figure]:
             super().__init__(**given)
             figures.append(self)
 
-    monkeypatch.setattr(report, "Figure", Kept)
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
 
     def draw(found: dict, task: str = "qa") -> Figure:
         report.chart(found, task, tmp_path / "qa")

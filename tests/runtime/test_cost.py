@@ -677,6 +677,11 @@ def test_the_compilers_own_refusal_is_understood(monkeypatch):
 # -------------------------------------------------------------------------------------- the report
 
 
+@pytest.mark.parametrize(("size", "text"), [(-(2**20), "0.00"), (0, "0.00"), (-(2**30), "-1.00")])
+def test_nothing_has_no_sign(size, text):
+    assert cost.gib(size) == f"{text} GiB"
+
+
 def test_bytes_needed():
     """Arguments, outputs that do not take their place, temporaries and the program itself."""
     sizes = memory(argument=1000, output=300, alias=200, temp=50, generated_code=7)
