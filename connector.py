@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import llama
 import weights
 import whisper
-from runtime import command, files, recording, sharding
+from runtime import command, files, recording, settings, sharding
 
 
 class Projection(eqx.Module):
@@ -217,7 +217,8 @@ class DiVA(eqx.Module):
         asr_config = weights.read_config(whisper.WhisperConfig, asr_path)
         width = weights.read_config(llama.LlamaConfig, llm_path).hidden_size
         positions = asr_config.max_target_positions
-        queries = files.read_json(folder / "config.json").get("queries", positions)
+        said = files.read_json(folder / "config.json")
+        queries = settings.count(folder / "config.json", "queries", said) or positions
         shapes = weights.abstract(
             Connector.random, asr_config, width, queries, jax.random.key(0), dtype=dtype
         )
@@ -340,7 +341,7 @@ def references(path: str | Path) -> tuple[str, str]:
     folder = weights.resolve(path)
     config = files.read_json(folder / "config.json")
     keys = ("reference_encoder", "reference_decoder")
-    if absent := [key for key in keys if key not in config]:
+    if absent := [key for key in keys if not isinstance(config.get(key), str)]:
         raise ValueError(
             f"{folder / 'config.json'}: no {', '.join(absent)}; expected the folder or repo of the "
             "Whisper and of the Llama that the connector was trained between. Is this a DiVA?"

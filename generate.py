@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 import weights
 from llama import Chat, Llama
-from runtime import command, files
+from runtime import command, files, settings
 from whisper import Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
@@ -80,36 +80,88 @@ def greedy(
 
 
 def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[str, Any]:
-    """The arguments of `greedy` that generation_config.json sets.
+    """The arguments of `greedy` that a model's files set; it transcribes without times.
 
-    Multilingual files name tokens for the language and the task; older English-only ones list
-    forced_decoder_ids instead. Raises ValueError for a language that the model does not know.
+    Multilingual files name tokens for the language and the task; older and English-only ones list
+    forced_decoder_ids instead, in generation_config.json or in config.json. Raises ValueError for a
+    language that the model does not know, or what is not computed here.
     """
-    file, rules = folder / "generation_config.json", {}
-    if file.is_file():
-        rules = files.read_json(file)
-    forced = [rules.get("decoder_start_token_id", config.decoder_start_token_id)]
-    if languages := rules.get("lang_to_id"):
+    file, rules = settings.generation(folder, settings.CHOOSING)
+
+    def tokens(key: str, rows: int | None = config.vocab_size) -> tuple[int, ...]:
+        return settings.token_ids(file, key, rules.get(key), rows)
+
+    def named(key: str) -> dict[str, int]:
+        return settings.mapping(file, key, rules.get(key), config.vocab_size)
+
+    if tokens("eos_token_id") not in ((), (config.eos_token_id,)):
+        raise ValueError(
+            f"{file}: eos_token_id is {rules['eos_token_id']!r}; expected {config.eos_token_id}, "
+            "as in config.json. Download both again."
+        )
+    start = (config.decoder_start_token_id,)
+    for key, ids in (("eos_token_id", config.eos_token_id), ("decoder_start_token_id", *start)):
+        settings.token_ids(folder / "config.json", key, ids, config.vocab_size)
+    forced = [*(tokens("decoder_start_token_id") or start)]
+    languages = named("lang_to_id") if rules.get("is_multilingual", True) else {}
+    if languages:
         if f"<|{language}|>" not in languages:
             known = ", ".join(sorted(name.strip("<|>") for name in languages))
             raise ValueError(f"{file}: no language {language!r}; expected one of {known}.")
-        forced += [languages[f"<|{language}|>"], rules["task_to_id"]["transcribe"]]
-        forced.append(rules["no_timestamps_token_id"])
+        forced.append(languages[f"<|{language}|>"])
+        forced += [id for task, id in named("task_to_id").items() if task == "transcribe"]
+    elif language != "en":
+        raise ValueError(
+            f"{file}: no lang_to_id, so language {language!r} cannot be set; expected a "
+            "multilingual model. Leave the language out: this one writes what it was made for."
+        )
     else:
-        forced += [token for _, token in rules.get("forced_decoder_ids") or () if token is not None]
-        if "no_timestamps_token_id" in rules and rules["no_timestamps_token_id"] not in forced:
-            forced.append(rules["no_timestamps_token_id"])
+        forced += _older_forced(folder, file, rules, config)
+    if (without_times := tokens("no_timestamps_token_id")) != tuple(forced[-1:]):
+        forced += without_times
+    # as transformers counts them: both are tokens beside the forced ones
+    most = settings.count(file, "max_new_tokens", rules) or settings.count(
+        file, "max_length", rules
+    )
+    whole = min(len(forced) + (most or config.max_target_positions), config.max_target_positions)
+    if whole <= len(forced):
+        raise ValueError(
+            f"{file}: {len(forced)} tokens are forced; expected fewer than the model's "
+            f"{config.max_target_positions} positions."
+        )
     return {
         "forced": tuple(forced),
-        "suppress": tuple(rules.get("suppress_tokens") or ()),
-        "begin_suppress": tuple(rules.get("begin_suppress_tokens") or ()),
-        "max_length": min(rules.get("max_length") or 448, config.max_target_positions),
+        "suppress": tokens("suppress_tokens", None),
+        "begin_suppress": tokens("begin_suppress_tokens", None),
+        "max_length": whole,
     }
+
+
+def _older_forced(
+    folder: Path, file: Path, rules: dict[str, Any], config: WhisperConfig
+) -> list[int]:
+    """The tokens of forced_decoder_ids: [[1, id], [2, id], ...]; an id of null is left out.
+
+    A generation_config.json without the key leaves it to config.json."""
+    pairs = rules.get("forced_decoder_ids")
+    if not pairs and file.name != "config.json":
+        file = folder / "config.json"
+        pairs = files.read_json(file).get("forced_decoder_ids")
+    pairs = pairs or []
+    if not isinstance(pairs, list) or [
+        pair[:1] if isinstance(pair, list) and len(pair) == 2 else pair for pair in pairs
+    ] != [[at] for at in range(1, len(pairs) + 1)]:
+        raise ValueError(
+            f"{file}: forced_decoder_ids is {pairs!r}; expected [[1, id], [2, id], ...]. Download "
+            "it again."
+        )
+    ids = [token for _, token in pairs if token is not None]
+    return [*settings.token_ids(file, "forced_decoder_ids", ids, config.vocab_size)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcriber:
-    """A Whisper with its tokenizer and the rules of its generation_config.json."""
+    """A Whisper with its tokenizer and the rules by which its files let it write."""
 
     model: Whisper
     tokenizer: Tokenizer
@@ -119,7 +171,7 @@ class Transcriber:
     def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
         """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
-        tokenizer = weights.read_tokenizer(folder)
+        tokenizer = settings.tokenizer(folder)
         model = Whisper.load(folder, dtype)
         rules = decoding_rules(folder, model.config, language)
         return Transcriber(model, tokenizer, rules)

@@ -9,33 +9,31 @@ DiVA keeps all of it frozen. The forward pass starts from embeddings, not from t
 virtual tokens that stand for speech have no number. Attribute names are the published tensor names.
 
 Annex: `attention.attend` is softmax attention, `sharding.run_layers` scans over the stack and
-brings each layer to the device that runs it, `sharding.lookup` reads rows of a split table.
+brings each layer to the device that runs it, `sharding.lookup` reads rows of a split table;
+`settings` refuses what a model's files ask for and nothing here computes, `template` runs the chat
+template.
 
 Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models".
 Reads: weights.py.   Read next: generate.py.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tokenizers import Tokenizer
 
 import weights
-from runtime import attention, command, files, sharding
+from runtime import attention, command, files, settings, sharding, template
 from weights import Embedding, Linear
 
 
@@ -57,6 +55,16 @@ class LlamaConfig:
     rope_parameters: Any = None  # newer files: theta and scaling in one place
     tie_word_embeddings: bool = False
     eos_token_id: Any = None  # a number or a list of them
+    computed: ClassVar = settings.LLAMA
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.key_value_heads
+        if heads % groups or (not self.head_dim and self.hidden_size % heads):
+            raise ValueError(
+                f"num_attention_heads is {heads}; expected a multiple of num_key_value_heads "
+                f"{groups} and, without head_dim, a divisor of hidden_size {self.hidden_size}."
+            )
+        self.frequencies()  # an unknown rope type is refused before anything is read
 
     @property
     def head_width(self) -> int:
@@ -72,17 +80,11 @@ class LlamaConfig:
         The scaling slows down the pairs whose wavelength is long beside the length that the model
         was first trained on, keeps the fast ones, and blends between the two.
         """
-        rope = self.rope_parameters or {"rope_theta": self.rope_theta} | (self.rope_scaling or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = rope.get("rope_theta", self.rope_theta)
-        plain = theta ** -(np.arange(0, self.head_width, 2) / self.head_width)
-        if kind == "default":
+        said = self.rope_scaling or self.rope_parameters
+        rope = settings.rope(said, self.rope_theta, self.max_position_embeddings)
+        plain = rope["rope_theta"] ** -(np.arange(0, self.head_width, 2) / self.head_width)
+        if rope["rope_type"] == "default":
             return plain
-        if kind != "llama3":
-            raise ValueError(
-                f"config.json: rope type {kind!r}; expected 'default' or 'llama3'. "
-                "Other position scalings are not implemented: use a Llama 3, 3.1 or 3.2."
-            )
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
         keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -285,7 +287,6 @@ class Llama(eqx.Module):
     def published(folder: Path, dtype=None) -> weights.Published:
         """What a published folder holds; floats in `dtype`."""
         config = weights.read_config(LlamaConfig, folder)
-        config.frequencies()  # an unknown rope type is refused before anything is read
         template = weights.abstract(Llama.init, config, jax.random.key(0), dtype=dtype)
         tied = {"lm_head.weight": "tied to model.embed_tokens"}
         return weights.Published(template, unused=tied if config.tie_word_embeddings else {})
@@ -297,6 +298,8 @@ class Llama(eqx.Module):
         """Load a published checkpoint; `place` gives the template's arrays their shardings."""
         folder = weights.resolve(path)
         template, prefix, unused = Llama.published(folder, dtype)
+        if template.lm_head is None:
+            weights.check_tied(folder, "lm_head.weight", "model.embed_tokens.weight")
         return weights.load(place(template), folder, prefix, unused)
 
 
@@ -314,41 +317,41 @@ class Chat:
     """
 
     tokenizer: Tokenizer
-    render: Callable[..., str]
+    render: Callable[[list[dict[str, str]]], str]
     stop_ids: tuple[int, ...]
+    rows: int  # of the LLM's embedding table
     folder: Path
 
     @staticmethod
     def load(path: str | Path) -> "Chat":
         """Raises FileNotFoundError without tokenizer.json, ValueError without a chat template."""
         folder = weights.resolve(path)
-        tokenizer = weights.read_tokenizer(folder)
-        settings = files.read_json(folder / "tokenizer_config.json")
-        specials = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, dict | str)
-        }
-        template = _environment().from_string(_template_source(folder, settings))
-        render = functools.partial(template.render, add_generation_prompt=True, **specials)
-        stops = files.read_json(folder / "config.json").get("eos_token_id")
-        if (folder / "generation_config.json").is_file():
-            generation = files.read_json(folder / "generation_config.json")
-            stops = generation.get("eos_token_id", stops)
+        tokenizer, rows = settings.tokenizer(folder), settings.rows(folder)
+        file, said = settings.generation(folder, settings.ANSWERING)
+        stops = said.get("eos_token_id")
         if stops is None:
+            stops = files.read_json(folder / "config.json").get("eos_token_id")
+        if not (stops := settings.token_ids(file, "eos_token_id", stops, rows)):
             raise ValueError(
                 f"{folder / 'config.json'}: no eos_token_id; expected the token (or list of them) "
                 "that ends an answer. Add it to generation_config.json."
             )
-        stops = (stops,) if isinstance(stops, int) else tuple(stops)
-        return Chat(tokenizer, render, stops, folder)
+        return Chat(tokenizer, template.load(folder), stops, rows, folder)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Raises ValueError for a token that the embedding table has no row for."""
+        return self._checked(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """On all cores."""
-        return [row.ids for row in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        found = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self._checked(row.ids) for row in found]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if max(ids, default=0) >= self.rows:
+            name = f"token {self.tokenizer.id_to_token(max(ids))!r}"
+            settings.token_ids(self.folder / "tokenizer.json", name, max(ids), self.rows)
+        return ids
 
     def decode(self, ids: Any) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -365,7 +368,7 @@ class Chat:
         user = {"role": "user", "content": PLACEHOLDER}
         for answer in answers:
             turns += [user, {"role": "assistant", "content": answer}]
-        text = self.render(messages=[*turns, user])
+        text = self.render([*turns, user])
         parts = text.split(PLACEHOLDER)
         if len(parts) != len(answers) + 2 or (system is not None and system.strip() not in text):
             kept = "system and user turns" if turns else "user turn"
@@ -378,37 +381,6 @@ class Chat:
 
 
 PLACEHOLDER = "<<<speech>>>"
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The sandbox that chat templates are written for, as transformers sets it up."""
-
-    def raise_exception(message: str):
-        raise ValueError(f"the chat template refuses these turns: {message}")
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _template_source(folder: Path, settings: dict) -> str:
-    source = settings.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(source, list):  # several by name
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not isinstance(source, str):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: no chat_template; expected that of an instruct "
-            "model. Use the -Instruct variant: DiVA speaks to the LLM as a user."
-        )
-    return source
 
 
 def main(

@@ -16,11 +16,13 @@ the host needs room for two such slices, not for a model.
 
 Run it to see a model's tree beside its file:  python weights.py toy/diva
 
-Annex: runtime/files.py reads JSON and writes files whole; runtime/sharding.py says which device
-holds which slice.   Read next: whisper.py.
+Annex: runtime/files.py reads JSON and writes files whole; runtime/settings.py refuses what a
+model's files ask for and nothing here computes; runtime/sharding.py says which device holds which
+slice.   Read next: whisper.py.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -38,12 +40,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
-from runtime import command, files, sharding
+from runtime import command, files, settings, sharding
 
 Config = TypeVar("Config")
-HUB_FILES = ["*.json", "model*.safetensors", "*.jinja"]  # no .bin, .pth or fp32 duplicates
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BUFFERS = {  # {end of a tensor's name: reason}, of older files; transformers passes them over too
+    "rotary_emb.inv_freq": "computed from rope_theta",
+    "position_ids": "0, 1, 2, ...",
+    "masked_bias": "computed: the causal mask",
+}
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +95,7 @@ def resolve(path_or_repo: str | Path) -> Path:
             f"{folder} is a file; expected a model folder. Give the folder that holds it."
         )
     try:
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=HUB_FILES))
+        return _download(str(path_or_repo))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
@@ -99,32 +105,37 @@ def resolve(path_or_repo: str | Path) -> Path:
         ) from error
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The model's own tokenizer. Raises FileNotFoundError that names the file."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing; expected the fast tokenizer that is published with the model. "
-            "Download it into this folder."
-        )
-    return Tokenizer.from_file(str(file))
+def _download(repo: str) -> Path:
+    """One set of a repo's weights: what else stands there (.bin, .pth, fp32) is never read."""
+    folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", WHOLE]))
+    if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
+        shards = sorted({*_weight_map(folder).values()})
+        if lacking := [name for name in shards if not (folder / name).is_file()]:
+            # the folder of a snapshot is called after its commit
+            snapshot_download(repo, revision=folder.name, allow_patterns=lacking)
+    return folder
 
 
 def read_config(cls: type[Config], folder: Path) -> Config:
     """Build the frozen dataclass `cls` from the keys of `folder/config.json` that it names.
 
-    Raises ValueError if a field without default is absent.
+    Raises ValueError if a field without default is absent, a value cannot be one, or a key asks for
+    what `cls.computed` says is not computed here.
     """
-    values = files.read_json(folder / "config.json")
+    file = folder / "config.json"
+    values = files.read_json(file)
     fields = dataclasses.fields(cls)
     absent = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
     if absent:
         raise ValueError(
-            f"{folder / 'config.json'}: no {', '.join(absent)}; expected every size that "
-            f"{cls.__name__} needs (model_type here is {values.get('model_type')!r}). Is this "
-            "the right model?"
+            f"{file}: no {', '.join(absent)}; expected every size that {cls.__name__} needs "
+            f"(model_type here is {values.get('model_type')!r}). Is this the right model?"
         )
-    return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+    settings.refuse(file, values, getattr(cls, "computed", {}))
+    try:
+        return cls(**settings.fields_of(cls, values))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,9 +203,7 @@ def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, st
     wanted = names_of(template, prefix)
     needed = {name for _, names, _ in wanted for name in names}
     missing = sorted(needed - file_of.keys())
-    extra = sorted(
-        name for name in file_of.keys() - needed if not name.startswith(tuple(unused or {}))
-    )
+    extra = sorted(name for name in file_of.keys() - needed if not _reason(name, unused or {}))
     if missing or extra:
         raise ValueError(
             f"{folder}: the tensors are not those of this model. Missing: {_some(missing)}. "
@@ -213,6 +222,12 @@ def load(template: Any, path: str | Path, prefix: str = "", unused: dict[str, st
         *(len(needed), megabytes, seconds, megabytes / seconds, folder),
     )
     return jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def _reason(name: str, unused: dict[str, str]) -> str | None:
+    """Why a tensor that has no place in the tree may be left in the file; None if it may not."""
+    starts = [why for start, why in unused.items() if name.startswith(start)]
+    return next(iter([*starts, *(why for end, why in BUFFERS.items() if name.endswith(end))]), None)
 
 
 def _check_shards(file_of: dict[str, Path], needed: set[str]) -> None:
@@ -284,6 +299,26 @@ def read_tensor(folder: Path, names: Sequence[str]) -> tuple[str, np.ndarray]:
     return found, np.asarray(_open(file_of[found]).get_tensor(found)).astype(np.float32)
 
 
+def check_tied(folder: Path, name: str, twin: str) -> None:
+    """Raises ValueError if the file holds `name`, which is tied to `twin`, with other numbers.
+
+    Of such a file transformers ties nothing, whatever config.json says.
+    """
+    file_of = _tensor_files(folder)
+    if not {name, twin} <= file_of.keys():
+        return
+    _check_shards(file_of, {name, twin})
+    one, other = (_open(file_of[key]).get_slice(key) for key in (name, twin))
+    cuts = [*range(0, one.get_shape()[0], 4096), one.get_shape()[0]]  # a table in pieces
+    if one.get_shape() != other.get_shape() or not all(
+        np.array_equal(one[a:b], other[a:b]) for a, b in itertools.pairwise(cuts)
+    ):
+        raise ValueError(
+            f"{file_of[name]}: {name} is not {twin}, to which it is tied; expected the same "
+            'numbers. Take it out of the file, or let config.json say "tie_word_embeddings": false.'
+        )
+
+
 def save(tree: Any, folder: str | Path, prefix: str = "") -> Path:
     """Write `tree` to `folder/model.safetensors` under its published names; returns the file.
 
@@ -295,7 +330,7 @@ def save(tree: Any, folder: str | Path, prefix: str = "") -> Path:
         tensors |= {
             n: np.asarray(array[i] if stacked else array, order="C") for i, n in enumerate(names)
         }
-    target = Path(folder) / "model.safetensors"
+    target = Path(folder) / WHOLE
     with files.whole(target) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors makes files that their owner alone may read
@@ -303,19 +338,23 @@ def save(tree: Any, folder: str | Path, prefix: str = "") -> Path:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: the file that holds it} of a model folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = files.read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: no weight_map; expected {{tensor name: file name}}.")
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.is_file():
-        raise FileNotFoundError(
-            f"{folder}: neither {single.name} nor {index.name}; expected one of them. Convert "
-            "other formats (.bin, .pth) to safetensors first."
-        )
-    return dict.fromkeys(_open(single).keys(), single)
+    """{tensor name: the file that holds it} of a model folder; of both kinds, the single file."""
+    if (folder / WHOLE).is_file():
+        return dict.fromkeys(_open(folder / WHOLE).keys(), folder / WHOLE)
+    if (folder / INDEX).is_file():
+        return {name: folder / file for name, file in _weight_map(folder).items()}
+    raise FileNotFoundError(
+        f"{folder}: neither {WHOLE} nor {INDEX}; expected one of them. Convert other formats "
+        "(.bin, .pth) to safetensors first."
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor name: file name} of an index. Raises ValueError."""
+    found = files.read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{folder / INDEX}: no weight_map; expected {{tensor name: file name}}.")
+    return found
 
 
 def _open(file: Path):
@@ -371,8 +410,8 @@ def describe(published: Published, folder: Path, devices: int) -> list[str]:
             f"{math.prod(leaf.shape):13,}  {held if any(place.spec) else 'all of it'}"
         )
     for name in sorted(stored.keys() - needed):
-        reasons = [why for start, why in published.unused.items() if name.startswith(start)]
-        said = f"unused: {reasons[0]}" if reasons else "unexpected: not a tensor of this model"
+        reason = _reason(name, published.unused)
+        said = f"unused: {reason}" if reason else "unexpected: not a tensor of this model"
         lines.append(f"{name:44} {list(stored[name][0])!s:24} {stored[name][1]:5} {'':13}  {said}")
     lines.append(f"{len(needed)} tensors, {len(places)} arrays, {total:,} parameters")
     return lines

@@ -8,7 +8,8 @@ positions (F / 2), L text tokens, D width (d_model), H heads, K head width, V vo
 The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
 connector. Attribute names are the published tensor names.
 
-Annex: `attention.attend` is softmax attention; `sharding.run_layers` scans over a stack of layers.
+Annex: `attention.attend` is softmax attention, `sharding.run_layers` scans over a stack of layers,
+`settings` refuses what a file asks for and nothing computes.
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
 Reads: weights.py.   Read next: llama.py.
 """
@@ -18,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import equinox as eqx
 import jax
@@ -28,7 +29,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import weights
-from runtime import attention, command, recording, sharding
+from runtime import attention, command, recording, settings, sharding
 from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
@@ -54,14 +55,11 @@ class WhisperConfig:
     vocab_size: int
     decoder_start_token_id: int
     eos_token_id: int
-    activation_function: str = "gelu"
+    computed: ClassVar = settings.WHISPER
 
     def __post_init__(self):
-        if self.activation_function != "gelu":
-            raise ValueError(
-                f"config.json: activation_function is {self.activation_function!r}; expected "
-                "'gelu', as in every published Whisper. Other activations are not implemented."
-            )
+        if self.d_model % math.lcm(self.encoder_attention_heads, self.decoder_attention_heads):
+            raise ValueError(f"d_model is {self.d_model}; expected a multiple of attention_heads.")
 
     @property
     def window_samples(self) -> int:
@@ -303,8 +301,7 @@ class Decoder(eqx.Module):
     layer_norm: LayerNorm
 
     def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings, without positions. (Whatever config.json's scale_embedding says: it is
-        false in every published Whisper, and transformers' decoder does not apply it.)"""
+        """Token embeddings, without positions, and never scaled: see settings.WHISPER."""
         return self.embed_tokens.weight[ids]
 
     def __call__(
@@ -379,9 +376,10 @@ class Whisper(eqx.Module):
     def published(folder: Path, dtype=None) -> weights.Published:
         """What a published folder holds; floats in `dtype`."""
         config = weights.read_config(WhisperConfig, folder)
+        settings.listening(folder, config.num_mel_bins)
         template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
-        unused = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
-        return weights.Published(template, "model.", unused)
+        tied = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
+        return weights.Published(template, "model.", tied)
 
     @staticmethod
     def load(
@@ -390,6 +388,7 @@ class Whisper(eqx.Module):
         """Load a published checkpoint; `place` gives the template's arrays their shardings."""
         folder = weights.resolve(path)
         template, prefix, unused = Whisper.published(folder, dtype)
+        weights.check_tied(folder, "proj_out.weight", "model.decoder.embed_tokens.weight")
         return weights.load(place(template), folder, prefix, unused)
 
 

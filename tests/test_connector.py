@@ -469,8 +469,9 @@ def test_an_index_that_names_more_than_was_published_loads(saved, diva, absent):
 
 
 def test_an_index_whose_needed_shard_is_absent_is_refused_by_name(saved):
-    folder = saved / "runs/diva"
-    index = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    folder, first = saved / "runs/diva", "model-00001-of-00004.safetensors"
+    index = dict.fromkeys(load_file(folder / "model.safetensors"), first)
+    (folder / "model.safetensors").rename(folder / first)
     index["projection.bias"] = "model-00002-of-00004.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00004\.safetensors is missing"):
@@ -508,15 +509,26 @@ def test_a_file_in_half_precision_loads_as_float32(saved, diva):
 # ----------------------------------------------------------------------------- when things go wrong
 
 
+@pytest.mark.parametrize("value", [None, ["a"], 3], ids=str)
 @pytest.mark.parametrize("key", ["reference_encoder", "reference_decoder"])
-def test_a_config_without_references_is_refused(saved, key):
+def test_a_config_without_references_is_refused(saved, key, value):
     file = saved / "runs/diva/config.json"
     config = json.loads(file.read_text())
     del config[key]
+    config |= {key: value} if value else {}
     file.write_text(json.dumps(config))
     message = rf"^{re.escape(str(file))}: no {key}; expected the folder or repo"
     with pytest.raises(ValueError, match=message):
         connector.DiVA.load(saved / "runs/diva")
+
+
+@pytest.mark.parametrize("value", ["8", 0, 2.5, True], ids=repr)
+def test_a_number_of_queries_that_is_none_is_refused_with_its_file(saved, value):
+    file = saved / "runs/diva/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"queries": value}))
+    message = rf"^{re.escape(str(file))}: queries is {value!r}; expected a whole number"
+    with pytest.raises(ValueError, match=message):
+        connector.DiVA.published(file.parent)
 
 
 def test_a_whisper_is_not_a_diva(saved):

@@ -532,8 +532,18 @@ def test_a_config_of_another_model_is_refused(tmp_path, changes, parts):
 
 
 def test_an_output_matrix_that_config_does_not_tie_must_be_there(tmp_path):
-    """A tied model may carry the copy (it is not read); an untied one without it is refused."""
+    """A tied model may carry a copy, not other numbers: transformers would use these, in spite of
+    config.json. An untied one without them is refused."""
     tree = write_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    refused(
+        ValueError,
+        partial(llama.Llama.load, tmp_path),
+        f"{tmp_path / 'model.safetensors'}: lm_head.weight is not model.embed_tokens.weight",
+        '"tie_word_embeddings": false',
+    )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
     loaded = llama.Llama.load(tmp_path)
     assert loaded.lm_head is None
     same(loaded.output_matrix, tree.model.embed_tokens.weight)
@@ -651,7 +661,6 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path, index):
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_broken_json_is_refused_with_file_and_place(tmp_path, name, content, reason):
-    simple(tmp_path)
     (tmp_path / name).write_bytes(content)
     load = partial(weights.load, AB)
     action = load if "index" in name else partial(weights.read_config, llama.LlamaConfig)
@@ -726,25 +735,82 @@ def test_a_repo_that_cannot_be_fetched_is_refused(monkeypatch, error, reason):
     assert "\n" not in message
 
 
-def test_a_folder_is_itself_and_a_repo_id_is_its_download(tmp_path, monkeypatch):
-    """Of a repo the weights come once: no .bin, no original/*.pth, no fp32 duplicate."""
-    asked = []
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+DUPLICATES = """pytorch_model.bin flax_model.msgpack model.fp32-00001-of-00002.safetensors
+    model.safetensors.index.fp32.json original/consolidated.00.pth README.md""".split()
 
-    def download(repo: str, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
-        return str(tmp_path / "cache")
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
-    assert weights.resolve(tmp_path) == tmp_path and not asked
-    assert weights.resolve("openai/whisper-tiny") == tmp_path / "cache"
-    [(repo, patterns)] = asked
-    assert repo == "openai/whisper-tiny"
-    published = """config.json generation_config.json tokenizer.json chat_template.jinja
-        model.safetensors model.safetensors.index.json model-00001-of-00004.safetensors
-        pytorch_model.bin flax_model.msgpack tf_model.h5 pytorch_model.fp32-00001-of-00002.bin
-        original/consolidated.00.pth README.md""".split()
-    taken = [name for name in published if any(fnmatch(name, p) for p in patterns)]
-    assert taken == published[:7]
+class Hub:
+    """A repo with these files: a stand-in for snapshot_download that notes what it was asked."""
+
+    def __init__(self, folder: Path, repo: list[str]):
+        self.folder, self.repo, self.asked = folder / "snapshots" / "c0ffee", repo, []
+
+    def __call__(self, repo: str, allow_patterns: list[str], revision: str = "main") -> str:
+        self.asked.append((repo, revision))
+        for name in self.repo:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                map_ = {f"tensor.{i}": shard for i, shard in enumerate(SHARDS)}
+                content = {"weight_map": map_} if name.endswith("index.json") else {}
+                write_json(self.folder / name, content)
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(
+    ("weights_there", "taken"),
+    [
+        (["model.safetensors"], ["model.safetensors"]),
+        (["model.safetensors.index.json", *SHARDS], ["model.safetensors.index.json", *SHARDS]),
+        (["model.safetensors.index.json", "model.safetensors", *SHARDS], ["model.safetensors"]),
+        (["model.safetensors.index.json", SHARDS[0]], ["model.safetensors.index.json", SHARDS[0]]),
+        ([], []),
+    ],
+    ids=["one", "shards", "both", "some", "none"],
+)
+def test_of_a_repo_one_set_of_weights_is_fetched(tmp_path, monkeypatch, weights_there, taken):
+    """The single file, or else the shards that its index names, of the same commit; no duplicate in
+    another precision or format."""
+    small = ["config.json", "tokenizer.json", "chat_template.jinja"]
+    hub = Hub(tmp_path, [*small, *weights_there, *DUPLICATES])
+    monkeypatch.setattr(weights, "snapshot_download", hub)
+    assert weights.resolve("openai/whisper-tiny") == hub.folder
+    found = {p.name for p in hub.folder.iterdir() if ".safetensors" in p.name}
+    assert found - {"model.safetensors.index.fp32.json"} == {*taken} | (
+        {"model.safetensors.index.json"} & {*weights_there}
+    )
+    assert {*small} <= {p.name for p in hub.folder.iterdir()}
+    sharded = "model.safetensors.index.json" in taken
+    commits = ["main", "c0ffee"] if sharded else ["main"]
+    assert hub.asked == [("openai/whisper-tiny", commit) for commit in commits]
+
+
+def test_what_is_already_fetched_is_not_asked_for_again(tmp_path, monkeypatch):
+    hub = Hub(tmp_path, ["model.safetensors.index.json", *SHARDS])
+    monkeypatch.setattr(weights, "snapshot_download", hub)
+    weights.resolve("a/b"), weights.resolve("a/b")
+    assert [revision for _, revision in hub.asked] == ["main", "c0ffee", "main"]
+    assert weights.resolve(tmp_path) == tmp_path and len(hub.asked) == 3, "a folder is itself"
+
+
+def test_of_a_single_file_and_an_index_the_file_is_read(tmp_path):
+    """As transformers does: an index that was left behind names what is no longer so."""
+    simple(tmp_path)
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": SHARDS[0]}})
+    np.testing.assert_array_equal(weights.load(AB, tmp_path)["b"], [[0, 1, 2], [3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layers.3.self_attn.rotary_emb.inv_freq", "embeddings.position_ids", "h.0.attn.masked_bias"],
+)
+def test_buffers_of_older_files_are_passed_over(tmp_path, name):
+    """They are computed; any other tensor is still unexpected."""
+    simple(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    weights.load(AB, tmp_path)
+    save_file(tensors | {f"{name}.c": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    refused(ValueError, partial(weights.load, AB, tmp_path), f"Unexpected: {name}.c.")
 
 
 # ------------------------------------------------------------------------------------------ saving
