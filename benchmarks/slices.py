@@ -1,7 +1,7 @@
 """What a step takes on TPUs: `python -m benchmarks.slices` (about fifteen minutes on 2 cores).
 
 Compiles the published recipe for slices of TPUs, without one (pip install '.[tpu]'), and prints
-README's table. What was measured is kept in benchmarks/slices.json.
+the table of runtime/README.md. What was measured is kept in benchmarks/slices.json.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def measure(preset: str, name: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """README's table."""
+    """The table, in Markdown."""
     lines = [f"| {HEADINGS} |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         gathered = sum(c["bytes"] for c in row["collectives"].values())

@@ -1,7 +1,7 @@
 """What the toy universe shows: `python -m benchmarks.toy` (about 45 minutes on 2 cores).
 
 Runs the default command with three seeds and each ablation with one, evaluates all of them and the
-shipped student on the test split, and prints README's two tables. A run that is finished is not
+shipped student on the test split, and prints toy/README.md's tables. A run that is finished is not
 run again; what was measured is kept in benchmarks/toy.json.
 """
 
@@ -69,7 +69,7 @@ def cells(runs: list[dict[str, float]]) -> str:
 
 
 def tables(measured: dict[str, dict]) -> str:
-    """README's tables, in Markdown: the systems, then what each loss buys."""
+    """The tables, in Markdown: the systems, then what each loss buys."""
     seeds = [measured[name]["scores"] for name in SEEDS]
     head = " | ".join(COLUMNS)
     head = f"| {{}} | {head} |\n|---|{'--:|' * len(COLUMNS)}"
