@@ -247,8 +247,7 @@ class Llama(eqx.Module):
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Next-token logits, in f32."""
-        matrix = self.output_matrix.astype(hidden.dtype)
-        return jnp.matmul(hidden, matrix.T, preferred_element_type=jnp.float32)
+        return weights.logits(hidden, self.output_matrix)
 
     @staticmethod
     def init(config: LlamaConfig, key: PRNGKeyArray) -> "Llama":

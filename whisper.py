@@ -318,7 +318,7 @@ class Decoder(eqx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The output matrix is the embedding table."""
-        return hidden @ self.embed_tokens.weight.astype(hidden.dtype).T
+        return weights.logits(hidden, self.embed_tokens.weight)
 
     def empty_cache(self, states: Float[Array, "B T D"], length: int):
         """Cross-attention keys and values of every layer, and room for `length` tokens."""
