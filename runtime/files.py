@@ -29,7 +29,7 @@ from etils import epath
 FILES_AT_ONCE = 32  # that are looked into at a time: a bucket answers each slowly
 
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # as Common Voice has it: bare quotes stay
-QUOTED = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')  # as CSV: quotes inside are doubled
+QUOTED = re.compile(r'"((?:[^"]|"")*)"')  # as CSV: quotes inside are doubled
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes or halves of letters that are no text
 SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".opus")
 
@@ -147,8 +147,8 @@ def table(
                     names = _header(row or [], columns)
                 elif row is None:
                     return
-                elif "".join(row).strip():
-                    if dialect.get("quoting") == csv.QUOTE_NONE:
+                elif whole := "".join(row).strip():
+                    if '""' in whole and dialect.get("quoting") == csv.QUOTE_NONE:
                         row = [*map(_unquoted, row)]
                     found = _row(row, names, columns, after_bad)
                     after_bad = False
@@ -180,14 +180,14 @@ def _row(
     """Empty fields at the end may be lacking: some editors remove them. But a line break inside a
     text leaves a row that ends with it and, after that, the rest; a tab makes one field too many.
     """
-    last = max(map(names.index, columns), default=-2)
-    least = len(names) if after_bad else min(len(names), last + 2)
-    if not least <= len(row) <= len(names):
-        raise csv.Error(f"not of {len(names)} fields")
+    if len(row) != len(names):
+        last = max(map(names.index, columns), default=-2)
+        if after_bad or not last + 2 <= len(row) < len(names):
+            raise csv.Error(f"not of {len(names)} fields")
     if BROKEN.search("".join(row)):
         raise csv.Error("no text in UTF-8")
     # blanks, and no other space: in old copies of MELD \x85 is the mark of an ellipsis
-    return dict(zip(names, (field.strip(" \t\r\n") for field in row), strict=False))
+    return dict(zip(names, [field.strip(" \t\r\n") for field in row], strict=False))
 
 
 def _unquoted(field: str) -> str:
@@ -265,7 +265,8 @@ def beside(folder: str | Path, name: str) -> str:
         path = os.path.join(folder, name.replace("\\", "/"))
     if not path.lower().endswith(SOUNDS) and not os.path.exists(path):
         path = next(filter(os.path.exists, (path + ending for ending in SOUNDS)), path)
-    return os.path.normpath(os.path.join(_straight(os.path.dirname(path)), os.path.basename(path)))
+    folder, name = os.path.split(path)
+    return os.path.join(_straight(folder), name)
 
 
 @functools.lru_cache
@@ -273,7 +274,8 @@ def _straight(folder: str) -> str:
     """Without "..", so that one clip of several lists has one name; behind a link that leads
     elsewhere than it reads."""
     plain, real = os.path.normpath(folder), os.path.realpath(folder)
-    return plain if os.path.realpath(plain) == real else real
+    plain = plain if os.path.realpath(plain) == real else real
+    return "" if plain == "." else plain
 
 
 # ------------------------------------------------------------------------------------------ writing
