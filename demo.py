@@ -40,7 +40,6 @@ from runtime.recording import SAMPLE_RATE
 
 TOY = Path(__file__).parent / "toy"
 PIECES = 10  # a long recording may be so many windows
-FRAME = SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
 SHOWN = 24  # virtual tokens that are shown as words
 ENDINGS = set(".wav .mp3 .flac .ogg .oga .opus .m4a .mp4 .aac .aif .aiff .au .webm".split())
 
@@ -128,18 +127,20 @@ class Assistant:
             f"the model's window of {self.window:g} s, and than the {most:g} s that --long splits"
         )
         samples = recording.load(clip, most, limit)
-        if nothing(samples):
+        if recording.nothing(samples):
             raise ValueError(
                 f"{clip}: nothing was heard (loudest sample {np.abs(samples).max():.1g}); "
                 "expected speech. Check the microphone and record it again."
             )
-        samples = trim(samples) if live or len(samples) > window else samples
+        samples = recording.trim(samples) if live or len(samples) > window else samples
         if len(samples) > window and not long:
             raise ValueError(
                 f"{clip}: {len(samples) / SAMPLE_RATE:.1f} s of speech; expected at most the "
                 f"model's window of {self.window:g} s. Say less, or split it with --long."
             )
-        rows = [jnp.asarray(recording.pad([part], window)) for part in split(samples, window)]
+        rows = [
+            jnp.asarray(recording.pad([part], window)) for part in recording.split(samples, window)
+        ]
         return np.concatenate([np.asarray(_virtual_tokens(self.diva, row)[0]) for row in rows])
 
     def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
@@ -225,44 +226,10 @@ class Assistant:
     def warm_up(self, sampling: Sampling) -> None:
         """Compile what the first answer needs."""
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            soundfile.write(file.name, np.ones(FRAME), SAMPLE_RATE)  # silence is not answered
+            soundfile.write(
+                file.name, np.ones(recording.FRAME), SAMPLE_RATE
+            )  # silence is not answered
             next(self.answer(file.name, sampling=sampling))
-
-
-def loudness(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "frames"]:
-    """Mean square of each 20 ms."""
-    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
-    return np.square(frames).mean(1)
-
-
-def nothing(samples: Float[np.ndarray, "S"]) -> bool:
-    """Is nothing said in it: silence, or no more than a faint and even noise?
-
-    Below -80 dB, three steps of 16 bits, there is no room for a word beside their rounding. Below
-    -60 dB it is heard if its moments differ: those of noise by 1 dB, those of speech by 6 and more.
-    """
-    loud = loudness(np.pad(samples, (0, FRAME)))
-    return bool(loud.max() < 1e-8 or (loud.max() < 1e-6 and loud.max() < 2 * np.median(loud)))
-
-
-def trim(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "part"]:
-    """Without what is 34 dB quieter than the loudest moment, at both ends."""
-    loud = loudness(samples)
-    spoken = np.flatnonzero(loud > 4e-4 * loud.max(initial=0))
-    if not len(spoken):
-        return samples
-    return samples[FRAME * spoken[0] : FRAME * (spoken[-1] + 2)]
-
-
-def split(samples: Float[np.ndarray, "S"], window: int) -> list[Float[np.ndarray, "part"]]:
-    """Parts of at most `window` samples, cut at the quietest moment of a window's second half."""
-    parts = []
-    while len(samples) > window:
-        quietest = int(loudness(samples[window // 2 : window]).argmin())
-        cut = window // 2 + FRAME * quietest + FRAME // 2
-        parts.append(samples[:cut])
-        samples = samples[cut:]
-    return [*parts, samples]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from scipy.signal import resample_poly
 
 from runtime import containers
@@ -24,6 +24,7 @@ from runtime import containers
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed
 BLOCK = 1 << 22  # samples that are decoded at a time, all channels together
+FRAME = SAMPLE_RATE // 50  # samples whose loudness is judged together, 20 ms
 LARGEST = 1 << 30  # bytes of a file: ten windows of 30 s in studio quality are a third of it
 # Codecs overshoot full scale by half of it, a hot mix in floats by a few times. A voice that is not
 # scaled reaches a hundred in integers of 8 bits, and thousands in those of 16.
@@ -173,3 +174,39 @@ def load_window(path: str | Path, window: int) -> Float32[np.ndarray, "1 S"]:
         return pad([samples], window)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def loudness(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "frames"]:
+    """Mean square of each 20 ms."""
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    return np.square(frames).mean(1)
+
+
+def nothing(samples: Float[np.ndarray, "S"]) -> bool:
+    """Is nothing said in it: silence, or no more than a faint and even noise?
+
+    Below -80 dB, three steps of 16 bits, there is no room for a word beside their rounding. Below
+    -60 dB it is heard if its moments differ: those of noise by 1 dB, those of speech by 6 and more.
+    """
+    loud = loudness(np.pad(samples, (0, FRAME)))
+    return bool(loud.max() < 1e-8 or (loud.max() < 1e-6 and loud.max() < 2 * np.median(loud)))
+
+
+def trim(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "part"]:
+    """Without what is 34 dB quieter than the loudest moment, at both ends."""
+    loud = loudness(samples)
+    spoken = np.flatnonzero(loud > 4e-4 * loud.max(initial=0))
+    if not len(spoken):
+        return samples
+    return samples[FRAME * spoken[0] : FRAME * (spoken[-1] + 2)]
+
+
+def split(samples: Float[np.ndarray, "S"], window: int) -> list[Float[np.ndarray, "part"]]:
+    """Parts of at most `window` samples, cut at the quietest moment of a window's second half."""
+    parts = []
+    while len(samples) > window:
+        quietest = int(loudness(samples[window // 2 : window]).argmin())
+        cut = window // 2 + FRAME * quietest + FRAME // 2
+        parts.append(samples[:cut])
+        samples = samples[cut:]
+    return [*parts, samples]

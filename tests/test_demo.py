@@ -221,7 +221,7 @@ def test_a_quiet_speaker_is_answered(assistant, tmp_path, decibels):
     noise = 3e-5 * np.random.default_rng(0).normal(size=len(samples))
     file = write(tmp_path / "a.wav", samples * 10 ** (decibels / 20) + noise, subtype="PCM_16")
     assert said(assistant.answer(file, sampling=demo.Sampling(max_new_tokens=2))).turn
-    assert not demo.nothing(samples[: demo.FRAME])
+    assert not recording.nothing(samples[: recording.FRAME])
 
 
 @pytest.mark.parametrize("name", ["nothing", "faint noise"])
@@ -239,23 +239,23 @@ def test_parts_are_whole_fit_the_window_and_are_cut_where_it_is_quiet():
     samples = tone(5.0)
     for quiet in (7_000, 12_500, 21_000, 30_500):
         samples[quiet : quiet + 700] = 0
-    parts = demo.split(samples.astype(np.float32), window)
+    parts = recording.split(samples.astype(np.float32), window)
     np.testing.assert_array_equal(np.concatenate(parts), samples.astype(np.float32))
     assert all(0 < len(part) <= window for part in parts)
     cuts = np.cumsum([len(part) for part in parts])[:-1]
     for at, cut in zip((7_000, 12_500, 21_000), cuts, strict=False):
         assert at <= cut < at + 700
     short = tone(0.5)
-    assert [len(part) for part in demo.split(short, window)] == [len(short)]
+    assert [len(part) for part in recording.split(short, window)] == [len(short)]
 
 
 def test_silence_around_what_is_said_is_cut():
     speech, silence = tone(0.5), np.zeros(RATE)
     rng = np.random.default_rng(0)
     noisy = np.concatenate([silence, speech, silence]) + 1e-3 * rng.normal(size=2 * RATE + 8_000)
-    assert abs(len(demo.trim(noisy)) - len(speech)) <= 2 * demo.FRAME
+    assert abs(len(recording.trim(noisy)) - len(speech)) <= 2 * recording.FRAME
     for whole in (speech, silence, np.zeros(0)):
-        assert len(demo.trim(whole)) == len(whole)
+        assert len(recording.trim(whole)) == len(whole)
 
 
 # ----------------------------------------------------------------------------------- hostile sounds

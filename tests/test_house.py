@@ -56,9 +56,10 @@ def house() -> str:
 
 
 READING = [
-    *"runtime.command runtime.files runtime.recording runtime.sharding runtime.attention".split(),
+    *"runtime.command runtime.files runtime.containers runtime.recording runtime.sharding".split(),
+    *"runtime.attention runtime.settings runtime.template".split(),
     *"weights whisper llama generate connector distill_loss data".split(),
-    *"runtime.settings runtime.cost runtime.compiling runtime.record train".split(),
+    *"runtime.cost runtime.compiling runtime.record train".split(),
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),
     *"evaluation.systems evaluation.tasks evaluation.predictions evaluation.significance".split(),
     *"evaluation.report eval demo".split(),
