@@ -355,15 +355,15 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
                     log.warning("weight 0: %s", error)
             return np.zeros(0, np.int16), 0.0
         samples = samples[: corpus.window_samples]  # resampling may add a few samples of padding
-        step = max(1.0, float(np.abs(samples).max())) / 32767  # what overshoots keeps its shape
-        return np.round(samples / step).astype(np.int16), step
+        peak = max(1.0, float(np.abs(samples).max()))  # what overshoots keeps its shape
+        return np.round(samples / np.float32(peak) * 32767).astype(np.int16), peak
 
     if len(corpus.clips) <= IN_MEMORY:
         read = functools.cache(read)
 
     def as_float(index: int) -> tuple[Float[np.ndarray, "S"], bool]:
-        samples, step = read(index)
-        return samples.astype(np.float32) * np.float32(step), step > 0
+        samples, peak = read(index)
+        return samples.astype(np.float32) / 32767 * np.float32(peak), peak > 0
 
     return as_float
 

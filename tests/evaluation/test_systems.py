@@ -397,7 +397,7 @@ def test_every_system_answers_as_one_clip_alone_with_whole_passes(
     The oracle's answers differ between clips and between systems and end in both ways, else this
     would prove little.
     """
-    decoded = counted(monkeypatch, data, "load_audio")
+    decoded = counted(monkeypatch, recording, "load")
     encoded = counted(monkeypatch, systems, "listen")
     heard = {}
     told = ask_all(models, questions, heard=heard, size=4)
@@ -503,7 +503,7 @@ def test_the_instruction_stands_in_the_system_turn(models):
 
 def test_what_is_not_lacking_is_not_decoded_or_told(models, questions, expected, monkeypatch):
     """Texts where only they are lacking, speech where it is lacking, nothing at all elsewhere."""
-    decoded = counted(monkeypatch, data, "load_audio")
+    decoded = counted(monkeypatch, recording, "load")
     kinds = [set(), {"text"}, {"untrained", "diva"}, {"cascade"}, EVERY]
     lacking = [kinds[i % 5] for i in range(14)] + [set()] * 5
     heard = {}
@@ -604,7 +604,7 @@ def test_a_text_is_answered_once_however_many_clips_say_it(models, questions, or
 
 def test_answers_are_told_while_later_clips_are_yet_to_be_decoded(models, questions, monkeypatch):
     """One batch is decoded ahead, no more; and a batch of texts is told before the next one."""
-    decoded = counted(monkeypatch, data, "load_window")
+    decoded = counted(monkeypatch, recording, "load_window")
     generated = counted(monkeypatch, llama, "generate")
     seen = []
 
