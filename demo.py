@@ -12,7 +12,7 @@ Prompts are padded to a power of two, so that few lengths are ever compiled, and
 is kept on disk for the next start.
 
 Axes: S audio samples, Q virtual tokens, E the LLM's width, L positions of the prompt.
-Reads: connector.py, llama.py, data.py, weights.py.   The last chapter.
+Reads: weights.py, llama.py, generate.py, connector.py.   The last chapter.
 """
 
 import dataclasses

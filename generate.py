@@ -119,22 +119,25 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
         forced += _older_forced(folder, file, rules, config)
     if (without_times := tokens("no_timestamps_token_id")) != tuple(forced[-1:]):
         forced += without_times
-    # as transformers counts them: both are tokens beside the forced ones
-    most = settings.count(file, "max_new_tokens", rules) or settings.count(
-        file, "max_length", rules
-    )
-    whole = min(len(forced) + (most or config.max_target_positions), config.max_target_positions)
-    if whole <= len(forced):
-        raise ValueError(
-            f"{file}: {len(forced)} tokens are forced; expected fewer than the model's "
-            f"{config.max_target_positions} positions."
-        )
     return {
         "forced": tuple(forced),
         "suppress": tokens("suppress_tokens", None),
         "begin_suppress": tokens("begin_suppress_tokens", None),
-        "max_length": whole,
+        "max_length": _longest(file, rules, len(forced), config.max_target_positions),
     }
+
+
+def _longest(file: Path, rules: dict[str, Any], forced: int, positions: int) -> int:
+    """Tokens of the longest transcript, the `forced` ones at its head included."""
+    # as transformers counts them: both are tokens beside the forced ones
+    counts = [settings.count(file, key, rules) for key in ("max_new_tokens", "max_length")]
+    whole = min(forced + (counts[0] or counts[1] or positions), positions)
+    if whole <= forced:
+        raise ValueError(
+            f"{file}: {forced} tokens are forced; expected fewer than the model's {positions} "
+            "positions."
+        )
+    return whole
 
 
 def _older_forced(

@@ -16,9 +16,9 @@ the host needs room for two such slices, not for a model.
 
 Run it to see a model's tree beside its file:  python weights.py toy/diva
 
-Annex: runtime/files.py reads JSON and writes files whole; runtime/settings.py refuses what a
-model's files ask for and nothing here computes; runtime/sharding.py says which device holds which
-slice.   Read next: whisper.py.
+Annex: runtime/files.py writes files whole, settings.py refuses what a model's files ask for and
+nothing here computes, sharding.py says which device holds which slice.
+Reads: nothing of ours.   Read next: whisper.py.
 """
 
 import dataclasses

@@ -530,7 +530,7 @@ def test_connectors_and_recogniser_run_only_where_they_are_lacking(
 ):
     """In batches of four: diva for five clips, then transcripts for six."""
     spoken = counted(monkeypatch, systems, "speak")
-    recognised = counted(monkeypatch, whisper, "greedy")
+    recognised = counted(monkeypatch, generate, "greedy")
     asked = [q._replace(ask=QA) for q in questions[:12]]
     ask_all(models, asked, [{"diva"}] * 5 + [{"text"}] * 7, dict(transcripts))
     assert all(module is models.connectors["diva"] for module, _ in spoken)
@@ -589,7 +589,7 @@ def test_notes_say_what_was_heard(models, questions, transcripts):
 
 def test_a_text_is_answered_once_however_many_clips_say_it(models, questions, oracle, monkeypatch):
     """Spoken or read, twelve times; another ask is another question."""
-    generated = counted(monkeypatch, llama, "generate")
+    generated = counted(monkeypatch, generate, "generate")
     twelve = [q._replace(ask=QA, text="the dog is red") for q in questions[:12]]
     heard = {i: "the dog is red" for i in range(12)}
     told = ask_all(models, twelve, {"cascade", "text"}, heard, size=4)
@@ -605,7 +605,7 @@ def test_a_text_is_answered_once_however_many_clips_say_it(models, questions, or
 def test_answers_are_told_while_later_clips_are_yet_to_be_decoded(models, questions, monkeypatch):
     """One batch is decoded ahead, no more; and a batch of texts is told before the next one."""
     decoded = counted(monkeypatch, recording, "load_window")
-    generated = counted(monkeypatch, llama, "generate")
+    generated = counted(monkeypatch, generate, "generate")
     seen = []
 
     def tell(number, system, answer, note):
