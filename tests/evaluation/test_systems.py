@@ -20,10 +20,8 @@ import universe
 from scipy.special import log_softmax
 
 import connector
-import data
 import generate
 import llama
-import whisper
 from evaluation import systems
 from evaluation.systems import SYSTEMS, Ask, Models, Question, Responder
 from runtime import recording
