@@ -49,7 +49,9 @@ def run(main: Callable[[], object], stopped: str = "stopped") -> None:
     except KeyboardInterrupt:
         _end_at_once(stopped)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # a message may hold what a damaged file held, which a terminal would take for commands
+        said = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
+        print(f"error: {''.join(said)}", file=sys.stderr, flush=True)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise

@@ -167,7 +167,7 @@ def table(
 def _header(row: list[str], columns: Sequence[str]) -> list[str]:
     names = [name.strip() for name in row]
     if absent := [name for name in columns if name not in names]:
-        found = ", ".join(names) or "nothing"
+        found = ", ".join(repr(name)[1:-1] for name in names)[:200] or "nothing"
         raise csv.Error(f"no column {' or '.join(absent)}; found {found}")
     if twice := [name for name in columns if names.count(name) > 1]:
         raise csv.Error(f"two columns {' and '.join(twice)}")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -65,7 +65,7 @@ def spec(shape: tuple[int, ...], parts: int, first: int = 0) -> P:
     return P(*[None] * max(fitting, key=lambda axis: shape[axis]), "fsdp")
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The rule for every array of a model, its gradients and its optimizer.
 
     The layer axis of a stack stays whole, since lax.scan runs along it; so do the rows of a lookup

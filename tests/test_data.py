@@ -1064,3 +1064,26 @@ def test_a_clip_as_long_as_the_window_survives_the_rounding_of_its_resampling(tm
     batch = take(1, corpus, batch_size=1, seed=0)[0]
     assert batch["weights"] == [1] and batch["audio"].shape == (1, 4800)
     assert batch["audio"][0, -100:].any() and not corpus.undecodable
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_says_what_a_corpus_holds(tmp_path, capsys):
+    """Clips, hours, longest and median, what would be left out and why, accents, a batch."""
+    toy = Path(data.__file__).parent / "toy"
+    folder = tmp_path / "cv"
+    write_audio(folder / "clips/long.wav", tone(440, 2.0))
+    write_audio(folder / "clips/short.wav", tone(440, 0.5))
+    rows = ["short.wav\tthe dog sleeps\tus", "long.wav\tthe dog sleeps\tus"]
+    rows.append(f"short.wav\t{'dog ' * 9}\tscottish")
+    write_lines(folder / "train.tsv", "path\tsentence\taccents", *rows)
+    data.main(folder, "train", str(toy / "whisper"), str(toy / "llama"), 8, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder}, split train, window 1.6 s"
+    left = "1 longer than 1.6 s, 1 of more than 8 tokens, 0 without a token"
+    assert lines[1] == f"3 clips, 0.00 hours; 1 can be used: left out {left}"
+    assert lines[2].split() == "clip longest 2.00 s, median 0.50 s".split()
+    assert lines[3].split() == "transcript longest 9 tokens, median 3".split()
+    assert lines[4].split(None, 1) == ["accents", "2: us 2, scottish 1"]
+    assert "audio float32 [2, 25600], ids int32 [2, 8]" in lines[5]

@@ -840,3 +840,31 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch, er
     weights.save(new, tmp_path)
     same(weights.load({"w": shape(1000)}, tmp_path), new)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_tree_and_file_side_by_side(tmp_path, capsys):
+    """A line for each array: tensors, dtype, parameters, its part on a device; what has no place in
+    the tree, what is lacking, and sums."""
+    folder = tmp_path / "llama"
+    tree = write_llama(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors | {"extra": np.zeros(3, np.float32)}, file)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"model_type": "llama"})
+    weights.main(str(folder), devices=4)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    shape = list(tree.model.layers.mlp.up_proj.weight.shape)
+    up = lines["model.layers.mlp.up_proj.weight"]
+    assert f"{shape[0]} x {shape[1:]}" in up and "F32" in up and f"{np.prod(shape):,}" in up
+    assert "missing" in lines["model.norm.weight"]
+    assert "unexpected: not a tensor of this model" in lines["extra"]
+    count = sum(x.size for x in jax.tree.leaves(tree))
+    assert any(line.endswith(f"{count:,} parameters") for line in lines.values())
+    write_json(folder / "config.json", config | {"model_type": "bert"})
+    with pytest.raises(ValueError, match="model_type 'bert'; expected one of whisper, llama, diva"):
+        weights.main(str(folder))

@@ -133,3 +133,14 @@ def test_a_number_below_the_least_is_named_as_the_flag():
     command.at_least(made(1, 0), batch_size=1, seed=0)
     with pytest.raises(ValueError, match="--batch-size 0: expected at least 1"):
         command.at_least(made(0, 0), batch_size=1, seed=0)
+
+
+def test_what_a_damaged_file_held_is_no_command_to_the_terminal(capsys):
+    """Nor a second line: only our own line breaks stay."""
+
+    def refuse() -> None:
+        raise ValueError("a.tsv: found \x1b[2J\r\x85b\nc")
+
+    with pytest.raises(SystemExit):
+        command.run(refuse)
+    assert capsys.readouterr().err == "error: a.tsv: found \\x1b[2J\\r\\x85b\nc\n"
