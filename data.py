@@ -25,9 +25,8 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import grain
 import jax
 import numpy as np
 import soundfile as sf
@@ -292,6 +291,8 @@ def batches(
             "weights": np.float32(heard),
         }
 
+    import grain  # takes a second: only who trains waits for it
+
     order = grain.MapDataset.range(len(corpus.clips)).seed(seed).shuffle().repeat()
     mine = _Rows(order, batch_size, rows, process_index, start_step)
     dataset = grain.MapDataset.source(mine).map(load)
@@ -319,7 +320,7 @@ def batch_shapes(
 class _Rows:
     """The clip numbers that one process reads: its part of every batch from a step on."""
 
-    order: grain.MapDataset
+    order: Any  # grain.MapDataset of clip numbers
     batch_size: int
     rows: int
     process_index: int
@@ -425,4 +426,5 @@ def main(
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
     command.run(lambda: tyro.cli(main))

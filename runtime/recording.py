@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 from jaxtyping import Float, Float32
-from scipy.signal import resample_poly
 
 from runtime import containers
 
@@ -68,6 +67,8 @@ def load(path: str | Path, longest: float = math.inf, limit: str = "") -> Float3
 
 def _resampled(samples: Float32[np.ndarray, "any"], rate: int) -> Float32[np.ndarray, "S"]:
     if rate != SAMPLE_RATE:
+        from scipy.signal import resample_poly  # takes a second: only who resamples waits for it
+
         # Polyphase with a low-pass below the lower of the two Nyquist rates: no aliases.
         common = math.gcd(rate, SAMPLE_RATE)
         samples = resample_poly(samples, SAMPLE_RATE // common, rate // common)
