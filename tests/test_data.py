@@ -13,6 +13,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import grain  # noqa: F401  (its import draws at random: not inside of a test of hypothesis)
 import numpy as np
 import pytest
 import soundfile
