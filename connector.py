@@ -18,6 +18,7 @@ Source: Held et al. 2024, section 3.
 Reads: weights.py, whisper.py, llama.py.   Read next: distill_loss.py.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -35,6 +36,9 @@ import llama
 import weights
 import whisper
 from runtime import command, files, recording, settings, sharding
+
+# of the encoder, a second
+POSITIONS = whisper.SAMPLE_RATE // whisper.HOP // whisper.FRAMES_PER_POSITION
 
 
 class Projection(eqx.Module):
@@ -72,10 +76,10 @@ class Connector(eqx.Module):
     ) -> "Connector":
         """A connector that starts as the recogniser's decoder and speaks at the LLM's volume.
 
-        The decoder's last norm gives states of length about sqrt(D), so weights of deviation
-        volume / sqrt(D), the volume being rms(embedding), give virtual tokens as long as the LLM's
-        token embeddings. Raises ValueError if the decoder has fewer positions than `queries` (None:
-        all of them).
+        Its last norm gives states w x + b with x of variance 1, so of length sqrt(|w|^2 + |b|^2)
+        (a published Whisper's w is near 10, not 1). Weights of deviation volume / length, the
+        volume being rms(embedding), then give virtual tokens as long as the LLM's token embeddings.
+        Raises ValueError if the decoder has fewer positions than `queries` (None: all of them).
         """
         positions, inner = decoder.embed_positions.weight.shape
         queries = positions if queries is None else queries
@@ -85,11 +89,12 @@ class Connector(eqx.Module):
                 "Whisper's decoder. Give fewer queries, or none for all positions."
             )
         query_key, projection_key = jax.random.split(key)
-        weight = jax.random.normal(projection_key, (inner, width))
+        weight, norm = jax.random.normal(projection_key, (inner, width)), decoder.layer_norm
+        length = jnp.sqrt(jnp.square(norm.weight).sum() + jnp.square(norm.bias).sum())
         return Connector(
             query_tokens=0.02 * jax.random.normal(query_key, (queries, inner)),
             decoder=decoder,
-            projection=Projection(weight * volume / inner**0.5, jnp.zeros(width)),
+            projection=Projection(weight * volume / length, jnp.zeros(width)),
         )
 
     @staticmethod
@@ -176,10 +181,13 @@ class DiVA(eqx.Module):
         key: PRNGKeyArray,
         dtype=jnp.float32,
         place: Callable = lambda template: template,
+        window: float | None = None,
     ) -> "DiVA":
-        """A new connector between two published models; these, being frozen, in `dtype`."""
+        """A new connector between two published models; these, being frozen, in `dtype`. `window`:
+        seconds that are heard, if less than the Whisper can."""
+        sizes = weights.read_config(whisper.WhisperConfig, weights.resolve(asr_path))
         asr = whisper.Whisper.load(asr_path, jnp.float32, place)
-        encoder = jax.tree.map(lambda x: x.astype(dtype), asr.encoder)
+        encoder = jax.tree.map(lambda x: x.astype(dtype), cut(asr.encoder, hearing(sizes, window)))
         asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
         return DiVA.create(asr, llama.Llama.load(llm_path, dtype, place), queries, key)
 
@@ -203,8 +211,8 @@ class DiVA(eqx.Module):
         """A trained DiVA: its connector, and the Whisper and the Llama that config.json names."""
         folder = weights.resolve(path)
         asr_path, llm_path = references(folder)
-        asr_config = weights.read_config(whisper.WhisperConfig, weights.resolve(asr_path))
-        encoder = whisper.Whisper.load(asr_path, dtype, place).encoder
+        asr_config = heard_by(folder)
+        encoder = cut(whisper.Whisper.load(asr_path, dtype, place).encoder, asr_config)
         llm = llama.Llama.load(llm_path, dtype, place)
         template, prefix, unused = DiVA.published(folder, dtype)
         tree = weights.load(place(template), folder, prefix, unused)
@@ -237,6 +245,7 @@ class DiVA(eqx.Module):
             "architectures": ["DiVAModel"],
             "vocab_size": self.llm.config.vocab_size,
             "queries": len(self.connector.query_tokens),
+            "max_source_positions": len(self.encoder.embed_positions.weight),
             "reference_encoder": _refer(folder, asr_path),
             "reference_decoder": _refer(folder, llm_path),
         }
@@ -283,6 +292,29 @@ def text_turn(
     head = prefix[jnp.clip(position, 0, before - 1)]
     row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
     return row, lengths + before + after - 1
+
+
+def hearing(asr: whisper.WhisperConfig, window: float | None) -> whisper.WhisperConfig:
+    """The sizes of a Whisper whose encoder hears `window` seconds, or all that it can (None).
+
+    Raises ValueError if that is more than it can.
+    """
+    if window is None:
+        return asr
+    positions, most = round(window * POSITIONS), asr.max_source_positions
+    if not 1 <= positions <= most:
+        raise ValueError(
+            f"a window of {window:g} s: expected at most {most / POSITIONS:g} s, what this Whisper "
+            "hears, and more than nothing. Give another --window, or none."
+        )
+    return dataclasses.replace(asr, max_source_positions=positions)
+
+
+def cut(encoder: whisper.Encoder, sizes: whisper.WhisperConfig) -> whisper.Encoder:
+    """The encoder with the first of its positions alone: they are sinusoids, and each means the
+    same time in a window of any length."""
+    keep = encoder.embed_positions.weight[: sizes.max_source_positions]
+    return eqx.tree_at(lambda e: e.embed_positions.weight, encoder, keep)
 
 
 def trainable(diva: DiVA) -> DiVA:
@@ -350,6 +382,14 @@ def references(path: str | Path) -> tuple[str, str]:
     return tuple(
         str(path) if path.is_dir() else config[key] for path, key in zip(beside, keys, strict=True)
     )
+
+
+def heard_by(folder: Path) -> whisper.WhisperConfig:
+    """The sizes of the Whisper that a DiVA refers to, with the window that it was trained on."""
+    asr = weights.read_config(whisper.WhisperConfig, weights.resolve(references(folder)[0]))
+    file = folder / "config.json"
+    positions = settings.count(file, "max_source_positions", files.read_json(file))
+    return hearing(asr, positions and positions / POSITIONS)
 
 
 def _refer(folder: Path, path: str) -> str:

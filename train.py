@@ -27,7 +27,7 @@ import functools
 import logging
 import sys
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -46,121 +46,7 @@ import llama
 import weights
 import whisper
 from runtime import command, compiling, cost, files, record, sharding
-
-# ---------------------------------------------------------------------------- what a run is made of
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """All that decides the weights that come out: two runs with equal recipes end bit-identical."""
-
-    whisper: str = "toy/whisper"  # Speech model: a folder or a Hugging Face repo id.
-    llm: str = "toy/llama"  # Text model, teacher and student alike: a folder or a repo id.
-    # Clips: a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
-    data: str = "toy/common_voice/en"
-    split: str = "train"  # Which split of it to train on.
-    # Virtual tokens per clip; None: as many as the Whisper decoder has positions.
-    queries: int | None = None
-    steps: int = 4300  # Optimizer steps of the whole run; warm-up and cosine span them.
-    batch_size: int = 512  # Clips per step, over all devices.
-    learning_rate: float = 5e-5  # Peak learning rate.
-    warmup: float = 0.01  # Share of the steps in which the learning rate rises linearly.
-    weight_decay: float = 0.1  # AdamW's decoupled weight decay, on every trained array.
-    clip: float = 1.0  # Largest global norm of the gradient.
-    align_weight: float = 1.0  # Weight of the token alignment loss.
-    response_weight: float = 1.0  # Weight of the response distillation loss.
-    # Distance of the response states: l2 (the paper), gram (a tighter bound of KL), kl (exact).
-    response_loss: Literal["l2", "gram", "kl"] = "l2"
-    seed: int = 0  # Decides the initial queries and the order of the clips.
-    # Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
-    # and optimizer are float32 always.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Recipe):
-    """A run: its recipe, and what may differ when it is resumed."""
-
-    # Where the defaults of all other flags come from.
-    preset: Literal["toy", "diva-1b", "diva-3b", "diva-8b"] = "toy"
-    out: str | None = None  # Folder of the run; None: runs/PRESET.
-    # Folder of the tasks that the finished student is evaluated on; None: no evaluation.
-    tasks: str | None = None
-    until: int | None = None  # Save and stop after this step; without it the command goes on.
-    fsdp: int | None = None  # Devices over which one copy of a large array is split; None: all.
-    # What the backward pass computes again to save memory (rematerialisation): attention (about
-    # 1 % of the work) or whole layers (about a third more); auto: attention if that fits.
-    recompute: Literal["auto", "attention", "layers"] = "auto"
-    # Compile the step for a slice of TPUs, such as v4:4x4x8 or v5e:8x8, without one; then report
-    # memory, FLOPs, collectives and time, and end. Needs the `tpu` extra, no weights and no data.
-    compile_only: str | None = None
-    profile: bool = False  # Write a trace of three steps behind the tenth to OUT/profile.
-    save_every: int = 500  # Steps between checkpoints.
-    keep: int = 2  # How many checkpoints to keep.
-    log_every: int = 20  # Steps between lines on the console; metrics.jsonl holds every step.
-    # Stop when a larger share of the clips cannot be decoded (of 1,000 at least).
-    max_undecodable: float = 0.01
-
-    def __post_init__(self):
-        command.at_least(self, steps=1, batch_size=1, save_every=1, keep=1, log_every=1, seed=0)
-        if self.tasks and self.out and files.in_bucket(self.out):
-            raise ValueError(
-                f"--tasks {self.tasks}: a student in a bucket is not evaluated. Expected --tasks "
-                "None; then copy the run's folder and give it to eval.py."
-            )
-
-
-# The paper's recipe: Common Voice 17 English, 4,300 steps of 512 clips = two epochs.
-_published = functools.partial(
-    Config,
-    whisper="openai/whisper-large-v3",
-    data="cv-corpus-17.0-2024-03-15/en",
-    save_every=100,
-    log_every=10,
-)
-_LLAMA_3 = "meta-llama/Llama-3.{}-Instruct"
-
-PRESETS: dict[str, Config] = {
-    # The tiny LLM's states answer far more steeply to its embeddings than a real one's: at equal
-    # weights the gradient of the response would drown that of the words.
-    "toy": Config(
-        preset="toy",
-        tasks="toy/tasks",
-        queries=8,
-        steps=6000,
-        batch_size=16,
-        learning_rate=2e-3,
-        align_weight=100.0,
-        save_every=1000,
-        log_every=100,
-    ),
-    "diva-1b": _published(preset="diva-1b", llm=_LLAMA_3.format("2-1B"), learning_rate=5e-4),
-    "diva-3b": _published(preset="diva-3b", llm=_LLAMA_3.format("2-3B"), learning_rate=5e-4),
-    "diva-8b": _published(preset="diva-8b", llm=_LLAMA_3.format("1-8B"), learning_rate=5e-5),
-}
-
-
-def parse(args: list[str]) -> Config:
-    """The configuration of a command line: a preset, and flags that override its fields."""
-    config = command.parse(PRESETS, args, "train.py")
-    return dataclasses.replace(config, out=config.out or f"runs/{config.preset}")
-
-
-def resume_command(config: Config) -> str:
-    """The command line that goes on with this run."""
-    return command.line(PRESETS, config, "train.py", without=("until", "profile"))
-
-
-def with_dtype(config: Config, platform: str) -> Config:
-    """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
-    dtype = connector.compute_dtype(platform) if config.dtype == "auto" else config.dtype
-    return dataclasses.replace(config, dtype=dtype)
-
-
-def recipe_of(config: Config) -> Recipe:
-    """The part of `config` that decides the weights."""
-    return Recipe(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)})
-
+from runtime.recipe import Config, Recipe, parse, recipe_of, resume_command
 
 # ---------------------------------------------------------------------------- the loss and the step
 
@@ -187,8 +73,12 @@ def loss_fn(
     batch: dict[str, Array],
     recipe: Recipe,
     recompute: sharding.Recompute = "layers",
+    share: tuple[Any, Any] = (1.0, 1.0),
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "parts"]]]:
-    """The two losses of the paper, weighted; with their parts, and what of PARTS is finite."""
+    """The two losses of the paper, weighted; with their parts, and what of PARTS is finite.
+
+    `share`: of a larger batch's positions and clips, if `batch` is a part of one.
+    """
     diva = eqx.combine(params, frozen.diva)
     ids, lengths, weight = batch["ids"], batch["lengths"], batch["weights"]
     out = diva(batch["audio"], ids, lengths, frozen.prefix, frozen.suffix, recompute)
@@ -197,10 +87,44 @@ def loss_fn(
         *(recipe.response_loss, out.student, out.teacher, weight),
         *(diva.llm.output_matrix, frozen.gram),
     )
+    alignment, response = share[0] * alignment, share[1] * response
     loss = recipe.align_weight * alignment + recipe.response_weight * response
     parts = (batch["audio"], out.states, out.virtual, out.teacher, out.student, alignment, response)
     finite = jnp.stack([jnp.isfinite(part).all() for part in parts])
     return loss, ({"loss": loss, "alignment": alignment, "response": response}, finite)
+
+
+def gradients(
+    params: Any,
+    frozen: Frozen,
+    batch: dict[str, Array],
+    recipe: Recipe,
+    recompute: sharding.Recompute,
+    micro_batch: int | None,
+) -> tuple[Any, tuple[dict[str, Array], Bool[Array, "parts"]]]:
+    """Gradient of `loss_fn`, and its aux; `micro_batch` clips of each device at a time, if given.
+
+    Alignment is a mean over positions, response one over clips: each part of a batch counts with
+    its share of them, so that the parts add up to the whole whatever their lengths and weights.
+    """
+    gradient = functools.partial(jax.grad(loss_fn, has_aux=True), params, frozen)
+    if micro_batch is None:
+        return gradient(batch, recipe, recompute)
+
+    def counts(batch: dict[str, Array]) -> tuple[Array, Array]:
+        return (batch["lengths"] * batch["weights"]).sum(), batch["weights"].sum()
+
+    def add(total: Any, part: dict[str, Array]) -> tuple[Any, None]:
+        shares = [n / jnp.maximum(of, 1) for n, of in zip(counts(part), counts(batch), strict=True)]
+        grads, (metrics, finite) = gradient(part, recipe, recompute, tuple(shares))
+        sums = jax.tree.map(jnp.add, total[:2], (grads, metrics))
+        return (*sums, total[2] & finite), None
+
+    parts = sharding.micro_batches(batch, micro_batch)
+    none = {name: jnp.zeros(()) for name in ("loss", "alignment", "response")}
+    start = jax.tree.map(jnp.zeros_like, params), none, jnp.ones(len(PARTS) - 1, bool)
+    grads, metrics, finite = jax.lax.scan(add, start, parts)[0]
+    return grads, (metrics, finite)
 
 
 def learning_rate(recipe: Recipe, step: int | Array) -> Float[Array, ""]:
@@ -220,7 +144,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("recipe", "mesh", "recompute"),
+    static_argnames=("recipe", "mesh", "recompute", "micro_batch"),
     donate_argnames=("params", "opt_state"),
 )  # frozen is used again in every step: never donated
 def train_step(
@@ -233,11 +157,11 @@ def train_step(
     recipe: Recipe,
     mesh: Mesh,
     recompute: sharding.Recompute = "attention",
+    micro_batch: int | None = None,
 ):
     """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what sharding.constrain looks up
-        gradient = jax.grad(loss_fn, has_aux=True)
-        grads, (metrics, finite) = gradient(params, frozen, batch, recipe, recompute)
+        grads, (metrics, finite) = gradients(params, frozen, batch, recipe, recompute, micro_batch)
     grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, mesh))
     updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -255,6 +179,12 @@ def train_step(
 
 
 # -------------------------------------------------------------------------------- before step 0
+
+
+def with_dtype(config: Config, platform: str) -> Config:
+    """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
+    dtype = connector.compute_dtype(platform) if config.dtype == "auto" else config.dtype
+    return dataclasses.replace(config, dtype=dtype)
 
 
 def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tuple:
@@ -279,7 +209,7 @@ def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple
     where = functools.partial(sharding.place, mesh=mesh)
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
     models = (config.whisper, config.llm, config.queries)
-    diva = where(connector.DiVA.untrained(*models, key, dtype, where))
+    diva = where(connector.DiVA.untrained(*models, key, dtype, where, config.window))
     template = [np.asarray(turn[side], np.int32) for side in ("prefix", "suffix")]
     return state_of(config, diva, template, mesh)
 
@@ -299,7 +229,8 @@ def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: d
     """The step, compiled for these arrays or shapes, and what it recomputes: as little as fits
     into `room` bytes of each device. Raises ValueError if it does not."""
     arguments = (*state, batch, np.int32(0))
-    static = {"recipe": recipe_of(config), "mesh": mesh}
+    micro_batch = compiling.at_once(config, mesh)
+    static = {"recipe": recipe_of(config), "mesh": mesh, "micro_batch": micro_batch}
 
     def lower(recompute: sharding.Recompute):
         return train_step.lower(*arguments, **static, recompute=recompute)
@@ -317,6 +248,7 @@ def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
     run it is when all is known to be right that can be without weights. Raises ValueError."""
     clips = data.read_clips(config.data, config.split)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
+    asr = connector.hearing(asr, config.window)
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
     connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
     chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
@@ -328,10 +260,24 @@ def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
     return corpus, turn, sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
 
 
+def mean_embedding(llm: llama.Llama, corpus: data.Corpus, mesh: Mesh) -> float:
+    """The alignment of one vector for all virtual tokens, the mean of the transcripts' embeddings:
+    a connector that is not below it has not heard a word."""
+    ids, counts = np.unique(np.concatenate(corpus.ids), return_counts=True)
+
+    def alignment(table: Array) -> Array:
+        found, share = distill_loss.wide(table[ids]), counts / counts.sum()
+        return share @ distill_loss.length(found - share @ found)
+
+    whole = NamedSharding(mesh, P())
+    return float(jax.jit(alignment, out_shardings=whole)(llm.model.embed_tokens.weight))
+
+
 def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Frozen], Any, float]:
     """All that a run needs: its clips, its state, the compiled step, and FLOPs of one clip."""
     corpus, turn, work = claim(config)
     state = start_state(config, mesh, turn)
+    record.note_baseline(epath.Path(config.out), mean_embedding(state[2].diva.llm, corpus, mesh))
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()

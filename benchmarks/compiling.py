@@ -19,7 +19,7 @@ import llama
 import train
 import whisper
 from benchmarks import side_by_side
-from runtime import cost, sharding
+from runtime import cost, recipe, sharding
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 3
@@ -28,7 +28,7 @@ DEPTHS = (1, 2, 4)
 
 def deeper(preset: str, times: int) -> tuple:
     """Configuration, Whisper and Llama of a preset, with all stacks of layers `times` as deep."""
-    config = dataclasses.replace(train.PRESETS[preset], batch_size=8, dtype="float32")
+    config = dataclasses.replace(recipe.PRESETS[preset], batch_size=8, dtype="float32")
 
     def sizes(kind: type, model: str) -> Any:
         of = cost.sizes_of(kind, model)
@@ -44,8 +44,8 @@ def lower(preset: str, times: int) -> Any:
     config, asr, llm = deeper(preset, times)
     mesh = sharding.make_mesh(config.batch_size, devices=jax.devices()[:1])
     state, batch = train.abstract_inputs(config, asr, llm, mesh)
-    recipe = train.recipe_of(config)
-    return train.train_step.lower(*state, batch, np.int32(0), recipe=recipe, mesh=mesh)
+    static = {"recipe": recipe.recipe_of(config), "mesh": mesh}
+    return train.train_step.lower(*state, batch, np.int32(0), **static)
 
 
 def compiled(preset: str, times: int) -> dict[str, float]:

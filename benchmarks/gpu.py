@@ -30,7 +30,7 @@ import train
 import weights
 import whisper
 from benchmarks import side_by_side
-from runtime import attention, compiling, cost, sharding
+from runtime import attention, compiling, cost, recipe, sharding
 
 FILE = Path(__file__).with_suffix(".json")
 BATCHES = 128, 96, 64, 48, 32, 16, 8, 4
@@ -97,9 +97,9 @@ def step(
     asr = cost.sizes_of(whisper.WhisperConfig, whisper_name)
     llm = cost.sizes_of(llama.LlamaConfig, llm_name)
     device, room = jax.devices()[0], compiling.room_here()
-    recipe = dataclasses.replace(train.PRESETS["diva-8b"], response_loss=loss, dtype="bfloat16")
+    preset = dataclasses.replace(recipe.PRESETS["diva-8b"], response_loss=loss, dtype="bfloat16")
     for size in (size for size in BATCHES if size <= most):
-        config = dataclasses.replace(recipe, batch_size=size)
+        config = dataclasses.replace(preset, batch_size=size)
         mesh = sharding.make_mesh(size, devices=[device])
         state, shapes = train.abstract_inputs(config, asr, llm, mesh)
         try:

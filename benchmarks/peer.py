@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import connector
-import train
+from runtime import recipe
 
 
 class DiVA(torch.nn.Module):
@@ -148,7 +148,7 @@ def losses_of(folder: Path, batch: dict[str, np.ndarray], compiled: bool = False
 
 
 def gradient(
-    folder: Path, batch: dict[str, np.ndarray], config: train.Config
+    folder: Path, batch: dict[str, np.ndarray], config: recipe.Config
 ) -> Callable[[], tuple[list[float], dict[str, np.ndarray]]]:
     """The two losses, and their weighted sum's gradient by the tensors' published names."""
     trained, losses = losses_of(folder, batch)
@@ -164,7 +164,7 @@ def gradient(
 
 
 def training(
-    folder: Path, batch: dict[str, np.ndarray], config: train.Config, compiled: bool
+    folder: Path, batch: dict[str, np.ndarray], config: recipe.Config, compiled: bool
 ) -> Callable[[], list[float]]:
     """A step of training, always on `batch`; it returns the two losses."""
     trained, losses = losses_of(folder, batch, compiled)

@@ -11,7 +11,7 @@ from typing import Any
 
 import train
 from benchmarks import side_by_side
-from runtime import compiling, cost
+from runtime import compiling, cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = ("v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8")
@@ -21,7 +21,7 @@ BATCH = 128
 def measure(name: str) -> dict[str, Any]:
     # on one chip nothing less fits than recomputing layers: so that is what all of them do
     flags = f"--preset diva-8b --batch-size {BATCH} --recompute layers --compile-only {name}"
-    found = train.compile_for(train.parse(flags.split()))
+    found = train.compile_for(recipe.parse(flags.split()))
     program = found.program
     return {
         "slice": name,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train
 from benchmarks import side_by_side
-from runtime import compiling, cost
+from runtime import compiling, cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = [
@@ -25,7 +25,7 @@ HEADINGS = (
 
 
 def measure(preset: str, name: str) -> dict:
-    config = train.parse(["--preset", preset, "--compile-only", name])
+    config = recipe.parse(["--preset", preset, "--compile-only", name])
     found = train.compile_for(config)
     chip, program = cost.CHIPS[found.devices[0].device_kind], found.program
     bounds, roof, fair = compiling.step_times(program, chip)

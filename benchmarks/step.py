@@ -24,7 +24,7 @@ import llama
 import train
 import weights
 from benchmarks import side_by_side, sizes
-from runtime import cost, files, sharding
+from runtime import cost, files, recipe, sharding
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -55,7 +55,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
 # ------------------------------------------------------------------------------------- our own side
 
 
-def state(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> tuple:
+def state(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> tuple:
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
     mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
     diva = sharding.place(connector.DiVA.load(folder), mesh)
@@ -63,13 +63,13 @@ def state(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> t
     return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
 
 
-def gradient(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
+def gradient(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> Callable:
     """The two losses, and their weighted sum's gradient by the tensors' published names."""
     _, (params, _, frozen), batch = state(folder, batch, config)
 
     def work():
         of_loss = jax.jit(jax.grad(train.loss_fn, has_aux=True), static_argnums=3)
-        grads, (metrics, _) = of_loss(params, frozen, batch, train.recipe_of(config))
+        grads, (metrics, _) = of_loss(params, frozen, batch, recipe.recipe_of(config))
         named = {}
         for leaf, names, stacked in weights.names_of(grads.connector.published()):
             named |= {n: np.asarray(leaf[i] if stacked else leaf) for i, n in enumerate(names)}
@@ -78,7 +78,7 @@ def gradient(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -
     return work
 
 
-def training(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> Callable:
+def training(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> Callable:
     """A step of training, always on `batch`, as train.py's loop does it; returns the two losses."""
     mesh, (params, opt_state, frozen), batch = state(folder, batch, config)
     step, on_devices = 0, sharding.to_devices(batch, mesh)
@@ -99,7 +99,9 @@ def training(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -
 # ---------------------------------------------------------------------------------- side by side
 
 
-def agreement(folder: Path, batch: dict[str, np.ndarray], config: train.Config) -> dict[str, float]:
+def agreement(
+    folder: Path, batch: dict[str, np.ndarray], config: recipe.Config
+) -> dict[str, float]:
     """Relative differences of ours and theirs: the larger loss's, the worst tensor's gradient's.
 
     Raises AssertionError above AGREE.
@@ -130,7 +132,7 @@ def measure(
     """Agreement, seconds and memory of all sides."""
     from benchmarks import peer
 
-    config = dataclasses.replace(train.PRESETS[preset], batch_size=size)
+    config = dataclasses.replace(recipe.PRESETS[preset], batch_size=size)
     batch = make_batch(folder, size, turn)
     queries = files.read_json(folder / "config.json")["queries"]
     row: dict[str, Any] = {"models": models, "batch": size, "queries": queries}

@@ -7,7 +7,7 @@
 `python train.py --preset diva-8b --compile-only v4:4x4x8` prints the report of the last on any
 machine with the `tpu` extra, without one TPU at hand.
 
-Reads: cost.py, sharding.py, whisper.py, llama.py.   Read next: record.py.
+Reads: cost.py, sharding.py, whisper.py, llama.py, connector.py.   Read next: record.py.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+import connector
 import llama
 import whisper
 from runtime import cost, sharding
@@ -36,6 +37,19 @@ def room_here() -> float:
     return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
 
+def at_once(config: Any, mesh: Mesh) -> int | None:
+    """Clips that each device takes at a time; None if that is all of them. Raises ValueError."""
+    clips, size = config.batch_size // mesh.size, config.micro_batch
+    if size is None or size >= clips:
+        return None
+    if clips % size:
+        raise ValueError(
+            f"--micro-batch {size}: expected a divisor of the {clips} clips of each device "
+            f"(--batch-size {config.batch_size} on {mesh.size})."
+        )
+    return size
+
+
 def fit(
     lower: Callable[[sharding.Recompute], Any], config: Any, mesh: Mesh, room: float, held: Any
 ) -> tuple[Any, sharding.Recompute]:
@@ -43,9 +57,9 @@ def fit(
 
     Args:
         lower: the step, lowered with what shall be recomputed.
-        config: its batch_size and recompute are asked for.
+        config: its batch_size, micro_batch and recompute are asked for.
         room: bytes of memory of one device.
-        held: arrays or shapes that the step is given.
+        held: arrays or shapes that the step is given: (trained, optimizer, frozen), batch.
 
     Raises ValueError if it does not fit.
     """
@@ -62,20 +76,27 @@ def fit(
             needed = bytes_needed(compiled.memory_analysis())
         if needed <= room:
             return compiled, recompute
-    fixed = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(held)
-    )
     clips = config.batch_size // mesh.size
-    # all but the arguments grows with the clips
-    fitting = max(0, int(clips * (room - fixed) / (needed - fixed)))
-    advice = f"--batch-size {fitting * mesh.size} might fit, or more devices"
+    size = at_once(config, mesh) or clips
+    # All but the arguments grows with the clips; sums of gradients are kept beside those of a part.
+    fixed, sums = bytes_held(held), 2 * bytes_held(held[0][0])
+    most = size * (room - fixed - sums) / (needed - fixed)
+    fitting = max((n for n in range(1, size) if clips % n == 0 and n <= most), default=0)
+    advice = f"--micro-batch {fitting} might fit, or more devices"
     wanted = cost.gib(needed) if needed < math.inf else "more"
     raise ValueError(
         f"the step needs {wanted} on each device, which holds {cost.gib(room)} "
-        f"({clips} clips on each of {mesh.size}, recomputing {recompute}). Expected it to fit: "
+        f"({size} clips at once on each of {mesh.size}, recomputing {recompute}). Expected it to "
+        "fit: "
         + (advice if fitting else "take more devices or a smaller preset")
         + ("; so might --recompute layers." if recompute == "attention" else ".")
     )
+
+
+def bytes_held(tree: Any) -> int:
+    """Of one device, for arrays or shapes that have their places."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def summary(compiled: Any, recompute: sharding.Recompute, flops: float, mesh: Mesh) -> str:
@@ -382,7 +403,7 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     jax.config.update("jax_platforms", "cpu")  # where the compiler runs
     devices = slice_of(config.compile_only)
     mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
-    asr = cost.sizes_of(whisper.WhisperConfig, config.whisper)
+    asr = connector.hearing(cost.sizes_of(whisper.WhisperConfig, config.whisper), config.window)
     llm = cost.sizes_of(llama.LlamaConfig, config.llm)
     state, batch = abstract_inputs(config, asr, llm, mesh)
     began, room = time.perf_counter(), cost.CHIPS[devices[0].device_kind].memory

@@ -214,12 +214,22 @@ class Log:
             )
 
 
+def note_baseline(out: epath.Path, alignment: float) -> None:
+    """Say, and write beside the log, what the mean embedding scores: `plot` draws it."""
+    if jax.process_index() == 0:
+        print(f"alignment of the mean embedding: {alignment:.4g}; below it, words are heard")
+        with writing(out / "baseline.json"):
+            files.write_text(out / "baseline.json", json.dumps({"alignment": alignment}) + "\n")
+
+
 def plot(folder: epath.Path) -> epath.Path:
-    """Draw both losses of metrics.jsonl over the steps; returns folder/loss.png."""
+    """Draw both losses of metrics.jsonl over the steps, and the baseline of the first, if it is
+    known; returns folder/loss.png."""
     from matplotlib.figure import Figure  # takes a second, which a wrong flag need not wait for
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = np.array([row["step"] for row in rows])
+    steps, file = np.array([row["step"] for row in rows]), folder / "baseline.json"
+    baseline = files.read_json(file) if file.is_file() else {}
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     titles = {
@@ -234,6 +244,9 @@ def plot(folder: epath.Path) -> epath.Path:
         panel.plot(
             steps[width - 1 :], smooth, color="tab:blue", label=f"mean of the last {width} steps"
         )
+        if name in baseline:
+            label = "the mean embedding: no word heard"
+            panel.axhline(baseline[name], color="tab:gray", linestyle="--", label=label)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_ylabel("loss")
         panel.set_ylim(bottom=0)

@@ -120,6 +120,18 @@ def by_clip(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
 
 
+def micro_batches(batch: dict[str, Array], size: int) -> dict[str, Array]:
+    """[B, ...] -> [parts, clips, ...]: `size` clips of every device in each part, none of which
+    moves."""
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+
+    def split(x: Array) -> Array:
+        parts = x.reshape(devices, -1, size, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(-1, devices * size, *x.shape[1:]), P(None, AXES))
+
+    return {name: split(x) for name, x in batch.items()}
+
+
 def platform() -> str:
     """cpu, gpu or tpu: of the mesh that is named, which need not be here, else of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -156,14 +156,18 @@ def test_fresh_queries_and_projection_are_random_and_follow_the_key(asr, llm):
 
 
 @pytest.mark.parametrize("loudness", [0.02, 1.5])
-def test_fresh_virtual_tokens_are_as_long_as_the_llms_token_embeddings(loudness, asr, llm, states):
-    """Whatever that length is; for a decoder with a plain last norm, as published ones nearly are.
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (9.4, 0.85), (0.1, 3.0)])
+def test_fresh_virtual_tokens_are_as_long_as_the_llms_token_embeddings(
+    loudness, scale, shift, asr, llm, states
+):
+    """Whatever that length is, and whatever that of the decoder's states: a published Whisper's
+    last norm has weights of rms 9.4 (base) or 11 (tiny.en).
 
     256 columns of random weights: their rms is off by 1 / sqrt(512) = 4.4 %, so a factor of 1.2 is
-    four deviations. Forgetting the width of the Whisper would be a factor of 4.
+    four deviations. Forgetting the norm would be a factor of 3 at least, the width one of 4.
     """
-    plain = whisper.LayerNorm(jnp.ones(D), jnp.zeros(D))
-    asr = eqx.tree_at(lambda m: m.decoder.layer_norm, asr, plain)
+    norm = whisper.LayerNorm(jnp.full(D, scale), jnp.full(D, shift))
+    asr = eqx.tree_at(lambda m: m.decoder.layer_norm, asr, norm)
     table = loudness * jax.random.normal(jax.random.key(1), (20, 256))
     llm = eqx.tree_at(lambda m: m.model.embed_tokens.weight, llm, table)
     fresh = connector.DiVA.create(asr, llm, None, jax.random.key(2)).connector
@@ -400,6 +404,33 @@ def test_fewer_queries_than_positions_are_saved_and_loaded(saved, asr, llm):
     loaded = connector.DiVA.load(saved / "few")
     assert_same(loaded, few)
     assert loaded.connector.query_tokens.shape == (3, D)
+
+
+def test_a_shorter_window_is_kept_with_what_was_trained_on_it(saved):
+    """10 of 25 positions: 0.2 s; the first positions, and the model that is read back hears no
+    more. What the export says is refused if the Whisper cannot hear so much."""
+    paths = str(saved / "whisper"), str(saved / "llama")
+    short = connector.DiVA.untrained(*paths, None, jax.random.key(0), window=0.2)
+    assert short.window_samples == 3200
+    whole = connector.DiVA.untrained(*paths, None, jax.random.key(0)).encoder.embed_positions
+    np.testing.assert_array_equal(short.encoder.embed_positions.weight, whole.weight[:10])
+    short.save(saved / "short", *paths)
+    loaded = connector.DiVA.load(saved / "short")
+    assert_same(loaded, short)
+    assert loaded.virtual_tokens(jnp.zeros((1, 3200))).shape == (1, Q, E)
+    file = saved / "short/config.json"
+    for positions, wrong in ((26, "a window of 0.52 s: expected at most 0.5 s"), (-1, "is -1")):
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"max_source_positions": positions})
+        )
+        with pytest.raises(ValueError, match=wrong):
+            connector.DiVA.load(saved / "short")
+
+
+@pytest.mark.parametrize("window", [0.0, 0.001, -1.0, 0.52, 30.0])
+def test_a_window_that_this_whisper_cannot_hear_is_refused(window):
+    with pytest.raises(ValueError, match=r"expected at most 0\.5 s"):
+        connector.hearing(WHISPER, window)
 
 
 @pytest.mark.parametrize("how", [shutil.copytree, os.rename])

@@ -59,7 +59,7 @@ READING = [
     *"runtime.command runtime.files runtime.containers runtime.recording runtime.sharding".split(),
     *"runtime.attention runtime.settings runtime.template".split(),
     *"weights whisper llama generate connector distill_loss data".split(),
-    *"runtime.cost runtime.compiling runtime.record train".split(),
+    *"runtime.recipe runtime.cost runtime.compiling runtime.record train".split(),
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),
     *"evaluation.systems evaluation.tasks evaluation.predictions evaluation.significance".split(),
     *"evaluation.report eval demo".split(),

@@ -14,9 +14,9 @@ import tyro
 
 import demo
 import eval as evaluation
-import train
 from benchmarks import slices, toy
 from evaluation import suites, systems
+from runtime import recipe
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("", "runtime", "evaluation", "toy", "benchmarks", "tests")
@@ -92,7 +92,7 @@ def test_the_training_commands_are_understood():
     commands = set(re.findall(r"python train\.py([^`\n>&]*)", text))
     assert any("--preset diva-8b" in command for command in commands)
     for command in commands - {" --help"}:
-        train.parse(shlex.split(command, comments=True))
+        recipe.parse(shlex.split(command, comments=True))
 
 
 def test_the_evaluation_commands_are_understood(monkeypatch):

@@ -5,6 +5,7 @@ compiles once for the whole file. Axes: B batch, L text tokens, E LLM width.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -39,7 +40,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import command, cost, files, record, sharding
+from runtime import command, cost, files, recipe, record, sharding
 
 STEPS, UNTIL = 30, 14
 WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
@@ -159,7 +160,7 @@ def in_root(root, monkeypatch) -> None:
     monkeypatch.chdir(root)
 
 
-def config_of(root: Path, out: Path | str, **changes) -> train.Config:
+def config_of(root: Path, out: Path | str, **changes) -> recipe.Config:
     defaults = dict(
         whisper=str(root / "whisper"),
         llm=str(root / "llama"),
@@ -173,7 +174,7 @@ def config_of(root: Path, out: Path | str, **changes) -> train.Config:
         fsdp=4,
         save_every=10,
     )
-    return train.Config(**defaults | changes)
+    return recipe.Config(**defaults | changes)
 
 
 def clone_data(root: Path, tmp_path: Path, monkeypatch) -> Path:
@@ -192,8 +193,8 @@ def rows_of(out: Path) -> list[dict]:
 class Started:
     """A run that stands before its first step, for tests that take the steps themselves."""
 
-    def __init__(self, config: train.Config, devices=None):
-        self.config, self.recipe = config, train.recipe_of(config)
+    def __init__(self, config: recipe.Config, devices=None):
+        self.config, self.recipe = config, recipe.recipe_of(config)
         self.mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
         chat = llama.Chat.load(config.llm)
         turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
@@ -236,22 +237,22 @@ def test_presets_are_the_published_recipe():
         "diva-8b": ("meta-llama/Llama-3.1-8B-Instruct", 5e-5),
     }
     for name, (llm, rate) in models.items():
-        config = train.parse(["--preset", name])
+        config = recipe.parse(["--preset", name])
         assert (config.llm, config.learning_rate) == (llm, rate)
         assert (config.whisper, config.queries) == ("openai/whisper-large-v3", None)
         assert (config.steps, config.batch_size, config.warmup) == (4300, 512, 0.01)
         assert (config.weight_decay, config.clip) == (0.1, 1.0)
         assert (config.align_weight, config.response_weight) == (1.0, 1.0)
         assert config.response_loss == "l2" and config.out == f"runs/{name}"
-    assert train.parse([]).preset == "toy" and train.parse([]).out == "runs/toy"
+    assert recipe.parse([]).preset == "toy" and train.parse([]).out == "runs/toy"
 
 
 def test_every_field_is_a_flag_with_help(capsys):
     """`--help` lists each field of Config, and each has a sentence of its own."""
     with pytest.raises(SystemExit, match="0"):
-        train.parse(["--help"])
+        recipe.parse(["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(train.Config):
+    for field in dataclasses.fields(recipe.Config):
         flag = "--" + field.name.replace("_", "-")
         flag += ", " if field.type == "bool" or field.type is bool else " "
         assert flag in text, f"{flag} is not a flag"
@@ -260,10 +261,10 @@ def test_every_field_is_a_flag_with_help(capsys):
 
 def test_the_resume_command_gives_the_same_configuration():
     """What is printed after SIGTERM parses to the run that was stopped, without its --until."""
-    config = train.parse(
+    config = recipe.parse(
         ["--preset", "diva-1b", "--data", "my clips", "--steps", "7", "--until", "3", "--seed", "2"]
     )
-    again = train.parse(shlex.split(train.resume_command(config))[2:])
+    again = recipe.parse(shlex.split(recipe.resume_command(config))[2:])
     assert again == dataclasses.replace(config, until=None)
 
 
@@ -274,13 +275,33 @@ def test_unknown_preset_and_flag_are_refused(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "diva-70b" in error and "diva-8b" in error and "Traceback" not in error
     with pytest.raises(SystemExit, match="2"):
-        train.parse(["--batchsize", "8"])
+        recipe.parse(["--batchsize", "8"])
     assert "--batchsize" in capsys.readouterr().err
 
 
+def test_other_models_do_not_get_the_toys_recipe_in_silence():
+    """A preset must be named with them; the toy's own models need none, and may be named."""
+    for flags in (["--whisper", "openai/whisper-base"], ["--llm=mine/llama", "--data", "cv"]):
+        with pytest.raises(ValueError, match=r"without --preset they would get.*rate 0\.002"):
+            recipe.parse(flags)
+        assert recipe.parse([*flags, "--preset", "small"]).queries == 64
+        assert recipe.parse([*flags, "--preset=toy"]).queries == 8
+    assert recipe.parse(["--whisper", "toy/whisper"]).preset == "toy"
+
+
+def test_the_small_preset_is_a_pair_without_a_licence_to_accept():
+    small = recipe.parse(["--preset", "small"])
+    assert (small.whisper, small.llm) == (
+        "openai/whisper-small",
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
+    )
+    assert (small.split, small.window, small.queries) == ("train-clean-100", 16.0, 64)
+    assert small.tasks is None and small.align_weight == small.response_weight == 1.0
+
+
 def test_learning_rate_rises_then_falls_to_zero():
-    recipe = train.Recipe(steps=1000, learning_rate=2.0, warmup=0.01)
-    rate = [float(train.learning_rate(recipe, step)) for step in range(1001)]
+    wanted = recipe.Recipe(steps=1000, learning_rate=2.0, warmup=0.01)
+    rate = [float(train.learning_rate(wanted, step)) for step in range(1001)]
     np.testing.assert_allclose(rate[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
     assert rate[10] == 2.0 and abs(rate[505] - 1.0) < 1e-6 and rate[1000] < 1e-6
     assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
@@ -288,8 +309,8 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
     """Two steps by hand, in float64: a gradient of norm 5 is scaled to 1, one of 0.5 is not."""
-    recipe = train.Recipe(steps=100, learning_rate=0.1, warmup=0.01, weight_decay=0.1, clip=1.0)
-    optimizer, weight = train.make_optimizer(recipe), jnp.asarray([1.0, -2.0])
+    wanted = recipe.Recipe(steps=100, learning_rate=0.1, warmup=0.01, weight_decay=0.1, clip=1.0)
+    optimizer, weight = train.make_optimizer(wanted), jnp.asarray([1.0, -2.0])
     state, mean, square, expected = optimizer.init(weight), 0.0, 0.0, np.array([1.0, -2.0])
     for step, gradient in enumerate(([3.0, 4.0], [-0.4, 0.3])):
         updates, state = optimizer.update(jnp.asarray(gradient), state, weight)
@@ -298,9 +319,75 @@ def test_the_optimizer_is_adamw_behind_a_clip_of_the_global_norm():
         mean, square = 0.9 * mean + 0.1 * clipped, 0.999 * square + 0.001 * clipped**2
         adam = mean / (1 - 0.9 ** (step + 1))
         adam /= np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
-        rate = float(train.learning_rate(recipe, step))
+        rate = float(train.learning_rate(wanted, step))
         expected = expected - rate * (adam + 0.1 * expected)
     np.testing.assert_allclose(weight, expected, rtol=1e-5)  # f32, a dozen roundings
+
+
+def test_the_mean_embeddings_alignment_is_known_from_the_start(finished, root):
+    """By hand: every token of every transcript against their mean. It lies beside the log."""
+    table = np.asarray(llama.Llama.load(root / "llama").model.embed_tokens.weight, np.float64)
+    encode = llama.Chat.load(root / "llama").encode
+    ids = [i for clip in data.read_clips(root / "cv") for i in encode(clip.text)]
+    expected = np.linalg.norm(table[ids] - table[ids].mean(0), axis=-1).mean()
+    found = json.loads((finished / "baseline.json").read_text())["alignment"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_shorter_window_leaves_longer_clips_out(root, tmp_path, monkeypatch, caplog):
+    """Counted, never cut; and the work of a clip is that of the shorter window."""
+    monkeypatch.chdir(root)
+    whole, _, work = train.claim(config_of(root, tmp_path / "whole"))
+    short, _, less = train.claim(config_of(root, tmp_path / "short", window=0.4))
+    frames = {clip.audio: soundfile.info(clip.audio).frames for clip in whole.clips}
+    assert {c.audio for c in short.clips} == {a for a, n in frames.items() if n <= 6400}
+    assert short.too_long == len(whole.clips) - len(short.clips) > 0
+    assert short.window_samples == 6400 and less < work
+    mesh = sharding.make_mesh(8)
+    turn = {"prefix": [1], "suffix": [2]}
+    config = config_of(root, tmp_path / "short", window=0.4)
+    _, _, frozen = train.start_state(config, mesh, turn)
+    assert frozen.diva.window_samples == 6400
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_micro_batches_add_up_to_the_whole_batch(devices, root, tmp_path):
+    """Losses and gradients, to the order of f32 sums, for transcripts of uneven lengths, a clip of
+    weight 0 and a part in which nothing counts. A plain mean over the parts is far from it."""
+    start = Started(config_of(root, tmp_path, fsdp=devices), jax.devices()[:devices])
+    batch = next(start.batches)
+    batch["lengths"][:] = [1, 4, 2, 3, 3, 1, 4, 2]
+    batch["weights"][:] = [1, 1, 1, 1, 1, 0, 0, 0]
+    batch = sharding.to_devices(batch, start.mesh)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(batch, size):
+        with jax.sharding.use_abstract_mesh(start.mesh.abstract_mesh):
+            more = start.recipe, "attention", size
+            return train.gradients(start.params, start.frozen, batch, *more)
+
+    whole = gradients(batch, None)
+    for size in (2, 1):
+        found = gradients(batch, size)
+        assert np.all(found[1][1]) and found[1][1].shape == whole[1][1].shape
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+            far = np.abs(np.asarray(b, np.float64)).max()
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * far)
+    parts = {name: np.asarray(x)[:4] for name, x in batch.items()}
+    alone = gradients(sharding.to_devices(parts, start.mesh), None)
+    assert abs(float(alone[1][0]["alignment"]) / float(whole[1][0]["alignment"]) - 1) > 1e-3
+
+
+def test_a_part_that_is_not_finite_is_found(root, tmp_path):
+    start = Started(config_of(root, tmp_path, fsdp=1, batch_size=4), jax.devices()[:1])
+    batch = next(start.batches)
+    batch["audio"][2] = np.nan
+    batch = sharding.to_devices(batch, start.mesh)
+    more = start.recipe, "attention", 1
+    assert not train.gradients(start.params, start.frozen, batch, *more)[1][1].all()
 
 
 # -------------------------------------------------------------------------------- where arrays live
@@ -519,7 +606,7 @@ def test_a_bucket_that_cannot_be_read_is_a_message(root, monkeypatch):
         config_of(root, "gs://b/run", tasks="tasks")
 
 
-def start_process(config: train.Config, **environment: str) -> subprocess.Popen:
+def start_process(config: recipe.Config, **environment: str) -> subprocess.Popen:
     """`python train.py` with the flags of `config`; a pause before each batch, so that a signal
     arrives in the middle of the run on any machine."""
     code = (
@@ -532,7 +619,7 @@ def start_process(config: train.Config, **environment: str) -> subprocess.Popen:
         "data.batches = slow; command.run(train.main)"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code, *shlex.split(train.resume_command(config))[2:]],
+        [sys.executable, "-c", code, *shlex.split(recipe.resume_command(config))[2:]],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -540,7 +627,7 @@ def start_process(config: train.Config, **environment: str) -> subprocess.Popen:
     )
 
 
-def start_two_processes(config: train.Config) -> list[subprocess.Popen]:
+def start_two_processes(config: recipe.Config) -> list[subprocess.Popen]:
     """The same command twice, as on two hosts with four devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -621,8 +708,8 @@ def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path)
     steps = len(rows_of(out))
     assert 3 <= steps < STEPS and f"stopped at step {steps} of {STEPS} (SIGTERM)" in output
     printed = output.strip().splitlines()[-1]
-    assert printed.strip() == train.resume_command(config_of(root, out))
-    train.run(train.parse(shlex.split(printed)[2:]))
+    assert printed.strip() == recipe.resume_command(config_of(root, out))
+    train.run(recipe.parse(shlex.split(printed)[2:]))
     a, b = ((f / "model.safetensors").read_bytes() for f in (out, finished))
     assert a == b
 
@@ -744,7 +831,7 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(root, tmp_path):
     """While weights are loaded or the step compiles: one line, 130; nothing stands in the way."""
     out = tmp_path / "out"
     code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    flags = shlex.split(train.resume_command(config_of(root, out, fsdp=1, batch_size=8)))[2:]
+    flags = shlex.split(recipe.resume_command(config_of(root, out, fsdp=1, batch_size=8)))[2:]
     process = subprocess.Popen(
         [sys.executable, "-c", code, train.__file__, *flags],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -861,7 +948,7 @@ def test_a_folder_that_cannot_be_written_is_a_message(root, tmp_path, capsys, mo
     """A place where even root cannot write (below a file): a message and exit code 1."""
     (tmp_path / "file").write_text("")
     config = config_of(root, tmp_path / "file" / "out")
-    monkeypatch.setattr(sys, "argv", shlex.split(train.resume_command(config))[1:])
+    monkeypatch.setattr(sys, "argv", shlex.split(recipe.resume_command(config))[1:])
     with pytest.raises(SystemExit, match="1"):
         command.run(train.main)
     error = capsys.readouterr().err

@@ -18,9 +18,9 @@ import make_fixtures
 
 import connector
 import llama
-import train
 import whisper
 from benchmarks import step
+from runtime import recipe
 
 
 @pytest.fixture(scope="session")
@@ -95,5 +95,5 @@ def test_a_step_has_the_losses_and_the_gradient_of_pytorchs():
     """The shipped student on four clips: what benchmarks/step.py times does the same work."""
     folder, turn = step.ROOT / "toy" / "diva", llama.Chat.load(step.ROOT / "toy" / "llama").wrap()
     batch = step.make_batch(folder, 4, turn)
-    found = step.agreement(folder, batch, train.PRESETS["toy"])  # raises if they do not agree
+    found = step.agreement(folder, batch, recipe.PRESETS["toy"])  # raises if they do not agree
     assert found["tensors"] == 102

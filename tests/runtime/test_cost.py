@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import types
 
 import equinox as eqx
@@ -22,7 +23,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import compiling, cost, sharding
+from runtime import compiling, cost, recipe, sharding
 
 ASR = whisper.WhisperConfig(
     d_model=32,
@@ -55,15 +56,15 @@ BATCH, DEVICES, SMALL = 32, 8, 256
 WAYS = ("attention", "layers")
 
 
-def batch_of(config: train.Config, asr: whisper.WhisperConfig, mesh) -> dict:
+def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> dict:
     """Its shapes, with transcripts of TEXT."""
     shapes = data.batch_shapes(config.batch_size, asr.window_samples, TEXT)
     return sharding.to_devices(shapes, mesh)
 
 
-def abstract_step(batch_size: int, devices: int) -> tuple[train.Config, tuple, dict]:
+def abstract_step(batch_size: int, devices: int) -> tuple[recipe.Config, tuple, dict]:
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
-    config = train.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
+    config = recipe.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
     state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
     return config, state, batch_of(config, ASR, mesh)
@@ -129,7 +130,7 @@ def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, monkeypatch):
 
     def gradient(params, frozen, batch):
         return jax.grad(train.loss_fn, has_aux=True)(
-            params, frozen, batch, train.recipe_of(config), way
+            params, frozen, batch, recipe.recipe_of(config), way
         )
 
     found = 2 * multiply_adds(jax.make_jaxpr(gradient)(params, frozen, batch).jaxpr)
@@ -162,6 +163,8 @@ def parameters(tree) -> int:
     ("name", "count"),
     [
         ("openai/whisper-large-v3", 1_543_490_560),
+        ("openai/whisper-small", 241_734_912),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120),
         ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
         ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824),
         ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
@@ -173,7 +176,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name, count):
     init = llama.Llama.init if isinstance(sizes, llama.LlamaConfig) else whisper.Whisper.init
     assert parameters(weights.abstract(init, sizes, jax.random.key(0))) == count
     if isinstance(sizes, llama.LlamaConfig):
-        assert sizes.head_width == (64 if "1B" in name else 128)
+        assert sizes.head_width == (64 if "1B" in name or "360M" in name else 128)
         assert sizes.hidden_size == sizes.num_attention_heads * sizes.head_width
     else:
         heads = (sizes.encoder_attention_heads, sizes.decoder_attention_heads)
@@ -185,11 +188,12 @@ def test_sizes_of_a_preset_need_no_network(tmp_path, monkeypatch):
     """Those of the presets are known; any other model's are read from its config.json."""
     with monkeypatch.context() as patch:
         patch.setattr(weights, "resolve", lambda path: pytest.fail(f"asked for {path}"))
-        for preset, config in train.PRESETS.items():
+        for preset, config in recipe.PRESETS.items():
             if preset != "toy":
                 asr = cost.sizes_of(whisper.WhisperConfig, config.whisper)
                 llm = cost.sizes_of(llama.LlamaConfig, config.llm)
-                assert (asr.d_model, llm.vocab_size) == (1280, 128_256)
+                expected = (768, 49_152) if preset == "small" else (1280, 128_256)
+                assert (asr.d_model, llm.vocab_size) == expected
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(LLM)))
     assert cost.sizes_of(llama.LlamaConfig, str(tmp_path)) == LLM
     with pytest.raises(FileNotFoundError, match="neither a folder here nor"):
@@ -541,7 +545,7 @@ def compiled():
     jax.config.update("jax_disable_most_optimizations", True)
     config, state, batch = abstract_step(BATCH, DEVICES)
     step = functools.partial(
-        train.train_step.lower, *state, batch, np.int32(0), recipe=train.recipe_of(config)
+        train.train_step.lower, *state, batch, np.int32(0), recipe=recipe.recipe_of(config)
     )
     mesh = sharding.make_mesh(BATCH)
     yield state, {way: step(mesh=mesh, recompute=way).compile() for way in WAYS}
@@ -595,7 +599,7 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
 # ------------------------------------------------------------------------------------ does it fit
 
 
-def choose(monkeypatch, programs: dict, config: train.Config, room, state=((), (), ())):
+def choose(monkeypatch, programs: dict, config: recipe.Config, room, state=((), (), ())):
     """train.compile_step, with what the compiler makes of each way given: a compiled program, or
     the message with which it refuses."""
 
@@ -621,7 +625,7 @@ def needing(**sizes: int) -> dict:
 
 def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
     """Really compiled: attention where that fits, layers where only they do; a wish is obeyed."""
-    programs, auto = compiled[1], train.Config(batch_size=BATCH)
+    programs, auto = compiled[1], recipe.Config(batch_size=BATCH)
     needed = {way: compiling.bytes_needed(programs[way].memory_analysis()) for way in WAYS}
     assert needed["layers"] < needed["attention"]
     for room, way in ((needed["attention"], "attention"), (needed["attention"] - 1, "layers")):
@@ -632,35 +636,67 @@ def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
 
 def test_what_does_not_fit_is_a_message(monkeypatch):
     """It names what is needed and what there is, and what would make it fit."""
-    config, mesh, gib = train.Config(batch_size=64), sharding.make_mesh(64), 2**30
+    config, mesh, gib = recipe.Config(batch_size=64), sharding.make_mesh(64), 2**30
     held = sharding.place([jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)], mesh)  # 1 GiB on each
     with pytest.raises(ValueError) as error:
         ways = needing(attention=9 * gib, layers=5 * gib)
-        choose(monkeypatch, ways, config, 2 * gib, (held, (), ()))
+        choose(monkeypatch, ways, config, 2 * gib, ((), (), held))
     message = str(error.value)
     assert "needs 5.00 GiB on each device, which holds 2.00 GiB" in message
-    assert "(8 clips on each of 8, recomputing layers)" in message
+    assert "(8 clips at once on each of 8, recomputing layers)" in message
     # all but the state grows with the clips: 1 of 4 GiB is room for 2 of 8
-    assert "Expected it to fit: --batch-size 16 might fit, or more devices." in message
+    assert "Expected it to fit: --micro-batch 2 might fit, or more devices." in message
+    # trained arrays: their gradients and the sums of them leave no room for a clip
+    with pytest.raises(ValueError, match="fit: take more devices or a smaller preset"):
+        choose(monkeypatch, ways, config, 2 * gib, (held, (), ()))
     with pytest.raises(ValueError, match=r"needs 9\.00 GiB.*attention\).*might --recompute layers"):
         attention = dataclasses.replace(config, recompute="attention")
-        choose(monkeypatch, ways, attention, 2 * gib, (held, (), ()))
+        choose(monkeypatch, ways, attention, 2 * gib, ((), (), held))
+
+
+def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
+    """Really compiled, for one device: each halving needs less; with room for less than the whole,
+    the message names a part that does fit."""
+    config, needed = recipe.Config(batch_size=BATCH, dtype="float32", queries=QUERIES), {}
+    mesh = sharding.make_mesh(BATCH, devices=jax.devices()[:1])
+    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
+    for size in (None, BATCH // 2, BATCH // 4):
+        some = dataclasses.replace(config, micro_batch=size)
+        program, _ = train.compile_step(some, mesh, math.inf, state, batch_of(config, ASR, mesh))
+        needed[size] = compiling.bytes_needed(program.memory_analysis())
+    assert needed[BATCH // 4] < needed[BATCH // 2] < needed[None]
+    some = dataclasses.replace(config, recompute="attention")
+    with pytest.raises(ValueError) as error:
+        train.compile_step(some, mesh, 0.9 * needed[None], state, batch_of(config, ASR, mesh))
+    size = int(re.search(r"--micro-batch (\d+)", str(error.value))[1])
+    assert needed[size] <= 0.9 * needed[None]
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused():
+    config = recipe.Config(batch_size=64, micro_batch=3)
+    with pytest.raises(
+        ValueError, match=r"--micro-batch 3: expected a divisor of the 8 clips of e"
+    ):
+        compiling.at_once(config, sharding.make_mesh(64))
+    for size, found in ((None, None), (8, None), (16, None), (4, 4)):
+        some = dataclasses.replace(config, micro_batch=size)
+        assert compiling.at_once(some, sharding.make_mesh(64)) == found
 
 
 @pytest.mark.parametrize("room", [2**28, 2**20])
 def test_what_no_batch_makes_fit_is_a_message(monkeypatch, room):
     """One clip on each device is too much, or the weights alone are: no batch size is named."""
-    config, mesh = train.Config(batch_size=16), sharding.make_mesh(16)
+    config, mesh = recipe.Config(batch_size=16), sharding.make_mesh(16)
     held = sharding.place([jax.ShapeDtypeStruct((2**30,), jnp.bfloat16)], mesh)
     with pytest.raises(ValueError) as error:
         ways = needing(attention=9 * 2**30, layers=2**29)
-        choose(monkeypatch, ways, config, room, (held, (), ()))
+        choose(monkeypatch, ways, config, room, ((), (), held))
     assert "Expected it to fit: take more devices or a smaller preset." in str(error.value)
 
 
 def test_the_compilers_own_refusal_is_understood(monkeypatch):
     """TPUs refuse what they cannot hold; any other error of the compiler passes."""
-    config, gib = train.Config(batch_size=64), 2**30
+    config, gib = recipe.Config(batch_size=64), 2**30
     full = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 45.50G of 15.75G hbm."
     assert (
         choose(monkeypatch, needing(layers=gib) | {"attention": full}, config, 15.75 * gib)[1]

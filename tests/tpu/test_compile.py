@@ -15,7 +15,7 @@ import test_cost
 
 import train
 import whisper
-from runtime import compiling, cost, sharding
+from runtime import compiling, cost, recipe, sharding
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install '.[tpu]'"
@@ -57,7 +57,7 @@ def test_the_published_step_on_the_published_slice(way, most):
     rows = {line[:WIDTH].strip(): line[WIDTH:].split() for line in done.stdout.splitlines()}
     assert 0.5 < float(rows["in all"][0]) <= most
 
-    config = train.with_dtype(train.parse(list(flags)), "tpu")
+    config = train.with_dtype(recipe.parse(list(flags)), "tpu")
     asr, llm = cost.PUBLISHED[config.whisper], cost.PUBLISHED[config.llm]
     queries = asr.max_target_positions
     by_hand = sum(cost.flops(asr, llm, queries, test_cost.TURN, cost.TEXT).values())
@@ -84,7 +84,7 @@ def test_a_tiny_step_on_a_small_slice():
     """In seconds: products as TPUs write them are read as what they are, and none is left out."""
     devices, batch_size = compiling.slice_of("v5e:4x4"), 64
     assert len(devices) == 16 and devices[0].device_kind == "TPU v5 lite"
-    config = train.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
+    config = recipe.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=devices)
     asr, llm = test_cost.ASR, test_cost.LLM
     state = train.abstract_inputs(config, asr, llm, mesh)[0]
