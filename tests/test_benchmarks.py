@@ -1,12 +1,13 @@
 """benchmarks/README.md says what is so: its tables were measured, its commands are there."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compiling, forward, generate, gpu, loss, scaling, step
+from benchmarks import compiling, forward, generate, gpu, loss, scaling, speech, step
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -86,3 +87,51 @@ def test_the_gpus_batch_is_searched_for_once(monkeypatch):
     assert table[3] == "| gram | xla | 48, layers | 1.50 | 32.0 | 40 | 64.0 |"
     assert table[-1] == "| Llama-3-8B, bfloat16 | 100.0 | 50 |"
     assert gpu.table({}) == ""
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    return list(itertools.islice(speech.sentences(0), 8_000))
+
+
+def test_spoken_sentences_are_many_and_short(spoken):
+    """No two differ in case or punctuation alone; 3,000 words, of 4 to 14 a sentence."""
+    assert len({" ".join(sentence.words()) for sentence in spoken}) == len(spoken)
+    assert len({word for sentence in spoken for word in sentence.words()}) >= 3000
+    assert {len(sentence.words()) for sentence in spoken} <= set(range(4, 15))
+    for sentence in spoken:
+        assert re.fullmatch(r"[A-Z][A-Za-z ,]+[.?]", sentence.text), sentence
+        assert not re.search(r"\b[Aa] [aeio]|\b[Aa]n [^aeiouh]", sentence.text), sentence
+
+
+def test_spoken_sentences_come_again_by_their_seed(spoken):
+    assert list(itertools.islice(speech.sentences(0), 100)) == spoken[:100]
+    assert list(itertools.islice(speech.sentences(1), 100)) != spoken[:100]
+
+
+def test_held_out_sentences_are_new_and_their_words_are_not(spoken):
+    """Of dev and test: no sentence is in another split, and every word is in train."""
+    splits = speech.split(spoken)
+    train = {word for sentence in splits["train"] for word in sentence.words()}
+    for name, clips in speech.HELD_OUT.items():
+        assert len(splits[name]) >= clips
+        assert train.issuperset(word for sentence in splits[name] for word in sentence.words())
+    together = [sentence for said in splits.values() for sentence in said]
+    assert sorted(map(str, together)) == sorted(map(str, spoken))  # each once: see above
+
+
+def test_words_take_the_forms_that_grammar_gives_them():
+    """What words.txt gives, else what the rules do."""
+    forms = {"bake": "baked baking bakes", "fry/fried/frying": "fried frying fries"}
+    forms |= {
+        "steal/stole/stealing/stolen": "stole stealing steals",
+        "wash": "washed washing washes",
+    }
+    forms |= {"hang up/hung up/hanging up": "hung up hanging up hangs up"}
+    for verb, expected in forms.items():
+        word = verb.split("/")
+        assert " ".join(speech.inflect(word, form) for form in ("ed", "ing", "s")) == expected
+    assert speech.inflect(["steal", "stole", "stealing", "stolen"], "en") == "stolen"
+    assert speech.inflect(["wash"], "en") == "washed"
+    nouns = {"mouse/mice": "mice", "cherry": "cherries", "fox": "foxes", "monkey": "monkeys"}
+    assert [speech.inflect(n.split("/"), "pl") for n in nouns] == list(nouns.values())
