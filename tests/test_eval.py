@@ -212,7 +212,6 @@ def without(key: str) -> dict:
         (OWN | {"metrics": ["f1", "f2"]}, "metric 'f2'; expected .* exact_match, contains, f1"),
         (OWN | {"metrics": [["f1"]]}, r"metric \['f1'\]"),
         (OWN | {"metrics": []}, "no metrics; expected"),
-        (without("metrics"), "no metrics; expected"),
         (OWN | {"metrics": ["f1", "weighted_f1"]}, "weighted_f1 without labels; expected"),
         (OWN | {"labels": "red"}, "labels 'red'; expected .*a list of texts"),
         (OWN | {"labels": 3}, "labels 3"),
@@ -230,6 +229,15 @@ def test_a_wrong_entry_names_file_task_and_value(own, entry, message):
     write_tasks(own, {"fine": OWN, "qa": entry})
     with pytest.raises(ValueError, match=rf"(?s)tasks\.json: qa: .*{message}"):
         evaluation.read_tasks([own])
+
+
+def test_a_file_of_ones_own_is_a_task_as_it_stands(own):
+    """manifest=FILE, without a tasks.json: no prompt, and any of a line's answers counts."""
+    write_lines(own / "own.jsonl", [ROW, {"audio": "b.wav", "answers": ["moon", "dog"]}])
+    (task,) = evaluation.read_tasks([f"manifest={own / 'own.jsonl'}"]).values()
+    assert task.suite == "manifest" and task.prompt is None and task.labels == ()
+    assert [example.answers for example in task.examples] == [("red",), ("moon", "dog")]
+    assert task.metrics == ("contains", "f1", "exact_match", "wer")
 
 
 @pytest.mark.parametrize("most", [True, False, 0, -3])
@@ -1457,3 +1465,20 @@ def test_without_a_transcript_the_upper_bound_alone_is_wrong(root, first, no_cha
         assert line["answer"] == (None if told else old[line["id"], line["system"]])
     assert found["errors"] == {}, "the clips are fine"
     assert found["tasks"]["emotion"]["errors"] == {s: 4 * (s == "text") for s in SYSTEMS}
+
+
+def test_clips_of_ones_own_are_scored_without_a_tasks_json(root, first, no_charts):
+    """manifest=FILE from the files to the table: what diva says is right, and a word for another
+    an error."""
+    lines = [line for line in read_lines(first) if line["system"] == "diva"]
+    rows = [{"audio": line["audio"], "answer": line["answer"] or "one"} for line in lines[:3]]
+    rows[1]["answer"] += " two"
+    write_lines(root / "own/mine.jsonl", rows)
+    source, out = f"manifest={root / 'own/mine.jsonl'}", root / "own/out"
+    found = evaluation.evaluate(root / "diva", [source], batch_size=4, out=out)
+    part = found["tasks"]["manifest"]
+    assert part["prompt"] is None and part["n"] == 3 and not found["errors"]
+    assert list(part["metrics"]) == ["contains", "f1", "exact_match", "wer"]
+    said = [line["answer"] for line in read_lines(out / "predictions.jsonl")][1::4]
+    right = [words(a) == words(row["answer"]) for a, row in zip(said, rows, strict=True)]
+    assert part["metrics"]["exact_match"]["diva"]["score"] == pytest.approx(100 * np.mean(right))
