@@ -168,6 +168,26 @@ def token_ids(file: Path, key: str, value: Any, rows: int | None) -> tuple[int, 
     return tuple(ids)
 
 
+POSITIONS = {  # {end of a tensor's name: the key that says how many rows it has}
+    "encoder.embed_positions.weight": "max_source_positions",
+    "decoder.embed_positions.weight": "max_target_positions",
+}
+
+
+def misshaped(file: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to say of a tensor that has another shape than config.json implies."""
+    key = next((key for end, key in POSITIONS.items() if name.endswith(end)), None)
+    if key and found[1:] == expected[1:]:  # cut, or stretched, in config.json alone
+        return (
+            f"{file.parent / 'config.json'}: {key} is {expected[0]}; expected {found[0]}, the rows "
+            f"of {name} in {file.name}. Set it to that: a window is not cut in config.json alone."
+        )
+    return (
+        f"{file}: {name} has shape {found}; expected {expected} from config.json. Check that the "
+        "two belong together."
+    )
+
+
 def count(file: Path, key: str, values: dict[str, Any]) -> int | None:
     """A number of tokens, if there is one. Raises ValueError."""
     value = values.get(key)

@@ -519,3 +519,22 @@ def test_a_tokenizer_without_tasks_names_no_languages(asr):
     """<|bos|> and <|end|> are none."""
     assert read_rules(asr, "en")["forced"] == (1,)
     refused(lambda: read_rules(asr, "bos"), "no lang_to_id, so language 'bos'")
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(
+    ("key", "had"), [("max_source_positions", 25), ("max_target_positions", 7)]
+)
+@pytest.mark.parametrize("said", [5, 40])
+def test_a_window_that_was_cut_in_config_json_alone_is_laid_to_it(asr, key, had, said):
+    """Not to the weights; with what they have."""
+    change(asr / "config.json", **{key: said})
+    message = f"{asr / 'config.json'}: {key} is {said}; expected {had}, the rows of model."
+    refused(lambda: whisper.Whisper.load(asr), message, "Set it to that: ")
+
+
+def test_positions_of_another_width_are_not_those_of_a_window(asr):
+    change(asr / "config.json", d_model=8, max_source_positions=5)
+    refused(lambda: whisper.Whisper.load(asr), "model.safetensors: model.encoder.", "has shape")
