@@ -316,11 +316,12 @@ def main(
         last: how many virtual tokens to show; the last ones are those that stand for words.
     """
     asr_path, llm_path = references(model)
+    # first: what cannot be heard is refused before weights are read
+    sound = jnp.asarray(recording.load_window(clip, window_of(model)))
     trained = DiVA.load(model)
     queries = len(trained.connector.query_tokens)
     asr = whisper.Whisper.load(asr_path)
     untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
-    sound = jnp.asarray(recording.load_window(clip, trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
         virtual = eqx.filter_jit(diva.virtual_tokens)(sound)
@@ -350,6 +351,12 @@ def references(path: str | Path) -> tuple[str, str]:
     return tuple(
         str(path) if path.is_dir() else config[key] for path, key in zip(beside, keys, strict=True)
     )
+
+
+def window_of(path: str | Path) -> int:
+    """Samples that a DiVA checkpoint hears at once, by its files. Raises ValueError."""
+    folder = weights.resolve(references(path)[0])
+    return weights.read_config(whisper.WhisperConfig, folder).window_samples
 
 
 def _refer(folder: Path, path: str) -> str:

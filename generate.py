@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 import weights
 from llama import Chat, Llama
-from runtime import command, files, settings
+from runtime import command, files, recording, settings
 from whisper import Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
@@ -184,6 +184,17 @@ class Transcriber:
         tokens = greedy(self.model, audio, **self.rules)
         rows = np.asarray(tokens)[:, len(self.rules["forced"]) :].tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[str]:
+    """Of a recording, or, if it is `long`, of each of its parts. Raises ValueError or
+    FileNotFoundError; what cannot be heard is refused before weights are read."""
+    folder = weights.resolve(model)
+    window = weights.read_config(WhisperConfig, folder).window_samples
+    parts = recording.windows(clip, window, long)
+    asr = Transcriber.load(folder, language)
+    for part in parts:
+        yield asr(jnp.asarray(part)[None])[0]
 
 
 # ---------------------------------------------------------------------------------------------
