@@ -386,9 +386,8 @@ def main(
         serve(blocks, host, port)
         return
     clips, instruction = clips_and_instruction(words, instruction)
-    window = connector.window_of(model)
     for clip in clips:  # what cannot be heard is refused before weights are read
-        recording.windows(clip, window, long, most=PIECES)
+        recording.windows(clip, connector.window_of(model), long, most=PIECES)
     talk(Assistant.load(model), clips, instruction, sampling, long)
 
 

@@ -328,7 +328,7 @@ def file(tmp_path) -> Path:
 def test_an_answer_is_on_disk_as_soon_as_it_is_told(file):
     kept, item = evaluation.Predictions(file, MODEL), one_item(group="gbr")
     assert kept.lacks("diva", item) and kept.get("diva", item) is None
-    kept.tell("diva", item, "two", {"heard": "to"})
+    kept.tell("diva", item, "two", {"heard": "to", "transcript": "too"})
     (line,) = read_lines(file)
     assert line == {
         "key": kept.key("diva", item),
@@ -340,6 +340,7 @@ def test_an_answer_is_on_disk_as_soon_as_it_is_told(file):
         "text": "question 0",
         "prompt": "Say it.",
         "answer": "two",
+        "transcript": "too",
         "heard": "to",
         "references": ["red"],
     }
@@ -908,7 +909,7 @@ def made_up(tmp_path, monkeypatch, no_charts) -> Callable[..., Run]:
     for name in ("model.safetensors", "config.json"):
         (model / name).write_text(name)
 
-    def answer(models, questions, lacking, heard, batch_size, tell):
+    def answer(models, questions, lacking, transcripts, batch_size, tell):
         for i, some in enumerate(lacking):
             for system in sorted(some):
                 said["told"].append((i, system))
@@ -1194,14 +1195,14 @@ def counting(most: int | None = None) -> Iterator[list[tuple[int, str]]]:
     """The answers that are asked for; after `most` of them, someone presses Ctrl+C."""
     told, plain = [], systems.answer
 
-    def counted(models, questions, lacking, heard, batch_size, tell):
+    def counted(models, questions, lacking, transcripts, batch_size, tell):
         def count(i, system, answer, note):
             if len(told) == most:
                 raise KeyboardInterrupt
             told.append((i, system))
             tell(i, system, answer, note)
 
-        plain(models, questions, lacking, heard, batch_size, count)
+        plain(models, questions, lacking, transcripts, batch_size, count)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(systems, "answer", counted)
@@ -1334,8 +1335,10 @@ def test_each_line_says_what_was_asked_and_heard(whole):
     prompts = {line["prompt"] for line in lines if line["task"] == "translation"}
     assert prompts == {"say it in German", "say it in Turkish"}
     for diva, cascade in zip(lines[1::4], lines[2::4], strict=True):
-        assert diva["heard"] == cascade["heard"] != ""
-    assert all("heard" not in line for line in lines[::4] + lines[3::4])
+        assert diva["transcript"] == cascade["transcript"] != "" and "heard" not in cascade
+    assert len({diva["heard"] for diva in lines[1::4]} - {""}) > 5
+    for line in lines[::4] + lines[3::4]:
+        assert not {"transcript", "heard"} & line.keys()
 
 
 def test_a_repeated_run_loads_no_model_and_finds_the_same(
@@ -1370,8 +1373,10 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_missing(
 def test_a_cascade_that_is_missing_alone_listens_to_no_clip_again(
     root, known, whole, monkeypatch, no_charts
 ):
-    """What was heard stands beside diva's answer."""
+    """The transcript stands beside diva's answer; in older files it is called `heard`."""
     lines = read_lines(whole.folder / "predictions.jsonl")
+    for line in lines[1::8]:
+        line["heard"] = line.pop("transcript")
     out = root / "without cascade"
     some = [line for line in lines if line["system"] != "cascade"]
     write_lines(out / "predictions.jsonl", some)
@@ -1387,7 +1392,10 @@ def test_answers_are_the_same_every_time_and_in_batches_of_any_size(root, known,
         evaluation.evaluate(root / "diva", [known], batch_size=99, out=root / "large")
     assert len(told) == 4 * ITEMS
     answers = [
-        [(line["key"], line["answer"], line.get("heard")) for line in read_lines(folder)]
+        [
+            (line["key"], line["answer"], line.get("heard"), line.get("transcript"))
+            for line in read_lines(folder)
+        ]
         for folder in (root / "large/predictions.jsonl", whole.folder / "predictions.jsonl")
     ]
     assert answers[0] == answers[1]
@@ -1420,7 +1428,7 @@ def test_clips_that_cannot_be_decoded_count_as_wrong_and_are_listed(root, whole,
     for line in lines:
         lost = line["audio"] in bad and line["system"] in HEARING
         assert line["answer"] == (None if lost else old[line["key"]]["answer"]), line
-        assert ("error" in line) == lost and not (lost and "heard" in line)
+        assert ("error" in line) == lost and not (lost and {"heard", "transcript"} & line.keys())
         if lost:
             assert line["scores"].get("accuracy", 0) == line["scores"].get("exact_match", 0) == 0
     lost = {"spoken_qa": 1, "translation": 1, "emotion": 2, "repeat": 0}
