@@ -326,11 +326,25 @@ def trainable(diva: DiVA) -> DiVA:
     return eqx.tree_at(lambda m: m.connector, mask, connector)
 
 
+SOME = 4096  # rows of the LLM's table that are looked at together
+
+
 def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -> Int[Array, "B Q"]:
     """The token whose embedding is nearest to each virtual token, by L2 distance."""
-    wide = table.astype(jnp.float32)
-    # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
-    return jnp.argmin(jnp.square(wide).sum(-1) - 2 * virtual.astype(jnp.float32) @ wide.T, axis=-1)
+    rows, most = table.shape[0], min(SOME, table.shape[0])
+
+    def look(best, start):
+        """Further rows of the table: the distances to all at once could be tens of GB."""
+        some = jax.lax.dynamic_slice_in_dim(table, start, most).astype(jnp.float32)
+        # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
+        far = jnp.square(some).sum(-1) - 2 * virtual.astype(jnp.float32) @ some.T
+        found = far.min(-1), start + far.argmin(-1)
+        return jax.tree.map(lambda a, b: jnp.where(found[0] < best[0], a, b), found, best), None
+
+    # the last rows are looked at with some that were seen before: those cannot win again
+    starts = jnp.minimum(jnp.arange(0, rows, most), rows - most)
+    none = jnp.full(virtual.shape[:2], jnp.inf), jnp.zeros(virtual.shape[:2], starts.dtype)
+    return jax.lax.scan(look, none, starts)[0][1]
 
 
 def main(
@@ -348,11 +362,12 @@ def main(
         last: how many virtual tokens to show; the last ones are those that stand for words.
     """
     asr_path, llm_path = references(model)
+    # first: what cannot be heard is refused before weights are read
+    sound = jnp.asarray(recording.load_window(clip, heard_by(model).window_samples))
     trained = DiVA.load(model)
     queries = len(trained.connector.query_tokens)
     asr = whisper.Whisper.load(asr_path)
     untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
-    sound = jnp.asarray(recording.load_window(clip, trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
         virtual = eqx.filter_jit(diva.virtual_tokens)(sound)
@@ -384,8 +399,9 @@ def references(path: str | Path) -> tuple[str, str]:
     )
 
 
-def heard_by(folder: Path) -> whisper.WhisperConfig:
+def heard_by(path: str | Path) -> whisper.WhisperConfig:
     """The sizes of the Whisper that a DiVA refers to, with the window that it was trained on."""
+    folder = weights.resolve(path)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(references(folder)[0]))
     file = folder / "config.json"
     positions = settings.count(file, "max_source_positions", files.read_json(file))

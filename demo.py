@@ -115,32 +115,10 @@ class Assistant:
     def listen(
         self, clip: str | Path, long: bool = False, live: bool = False
     ) -> Float[np.ndarray, "Q E"]:
-        """Virtual tokens of a recording. One that is longer than the window, silence at its ends
-        aside, is refused, or, if `long`, split at its quietest moments, the parts one behind the
-        other. Of a `live` one the ends are cut in any case: one clicks before one speaks.
-
-        Raises ValueError or FileNotFoundError that names the file.
-        """
-        window = self.diva.window_samples
-        most = PIECES * self.window
-        limit = (
-            f"the model's window of {self.window:g} s, and than the {most:g} s that --long splits"
-        )
-        samples = recording.load(clip, most, limit)
-        if recording.nothing(samples):
-            raise ValueError(
-                f"{clip}: nothing was heard (loudest sample {np.abs(samples).max():.1g}); "
-                "expected speech. Check the microphone and record it again."
-            )
-        samples = recording.trim(samples) if live or len(samples) > window else samples
-        if len(samples) > window and not long:
-            raise ValueError(
-                f"{clip}: {len(samples) / SAMPLE_RATE:.1f} s of speech; expected at most the "
-                f"model's window of {self.window:g} s. Say less, or split it with --long."
-            )
-        rows = [
-            jnp.asarray(recording.pad([part], window)) for part in recording.split(samples, window)
-        ]
+        """Virtual tokens of a recording, those of its parts one behind the other; `long` and `live`
+        as in recording.windows. Raises ValueError or FileNotFoundError that names the file."""
+        parts = recording.windows(clip, self.diva.window_samples, long, live, PIECES)
+        rows = [jnp.asarray(part)[None] for part in parts]
         return np.concatenate([np.asarray(_virtual_tokens(self.diva, row)[0]) for row in rows])
 
     def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
@@ -408,6 +386,8 @@ def main(
         serve(blocks, host, port)
         return
     clips, instruction = clips_and_instruction(words, instruction)
+    for clip in clips:  # what cannot be heard is refused before weights are read
+        recording.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
     talk(Assistant.load(model), clips, instruction, sampling, long)
 
 

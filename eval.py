@@ -187,7 +187,8 @@ def evaluate(
                     scores[system, i][metric] = float(value)
     kept.finish(items, scores)
     found["seconds"] = round(time.monotonic() - start, 1)
-    report.write(folder, found, items, answers, scores)
+    heard = [kept.get("diva", item) for item in items]
+    report.write(folder, found, items, answers, scores, heard)
     print(report.table(found))
     return found
 
@@ -209,12 +210,12 @@ def ask_what_is_lacking(home: Path, items: list[Item], kept: Predictions, batch_
     if not any(lacking):
         return
     told = (kept.get("diva", item) or {} for item in items)
-    heard = {i: line["heard"] for i, line in enumerate(told) if "heard" in line}
+    known = {i: line["transcript"] for i, line in enumerate(told) if "transcript" in line}
     systems.answer(
         systems.Models.load(home),
         [systems.Question(item.ask, item.example.audio, item.example.text) for item in items],
         lacking,
-        heard,
+        known,
         batch_size,
         lambda i, system, answer, note: kept.tell(system, items[i], answer, note),
     )

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 import weights
 from llama import Chat, Llama
-from runtime import command, files, settings
+from runtime import command, files, recording, settings
 from whisper import Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
     forced_decoder_ids instead, in generation_config.json or in config.json. Raises ValueError for a
     language that the model does not know, or what is not computed here.
     """
-    file, rules = settings.generation(folder, settings.CHOOSING)
+    file, rules = settings.transcribing(folder)
 
     def tokens(key: str, rows: int | None = config.vocab_size) -> tuple[int, ...]:
         return settings.token_ids(file, key, rules.get(key), rows)
@@ -111,9 +111,10 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
         forced.append(languages[f"<|{language}|>"])
         forced += [id for task, id in named("task_to_id").items() if task == "transcribe"]
     elif language != "en":
+        why = "no lang_to_id" if rules.get("is_multilingual", True) else "an English-only model"
         raise ValueError(
-            f"{file}: no lang_to_id, so language {language!r} cannot be set; expected a "
-            "multilingual model. Leave the language out: this one writes what it was made for."
+            f"{file}: {why}, so language {language!r} cannot be set; expected 'en'. Leave the "
+            "language out, or use a multilingual model, such as openai/whisper-base."
         )
     else:
         forced += _older_forced(folder, file, rules, config)
@@ -174,16 +175,26 @@ class Transcriber:
     def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
         """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
-        tokenizer = settings.tokenizer(folder)
-        model = Whisper.load(folder, dtype)
-        rules = decoding_rules(folder, model.config, language)
-        return Transcriber(model, tokenizer, rules)
+        tokenizer, config = settings.tokenizer(folder), weights.read_config(WhisperConfig, folder)
+        rules = decoding_rules(folder, config, language)  # refused before weights are read
+        return Transcriber(Whisper.load(folder, dtype), tokenizer, rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""
         tokens = greedy(self.model, audio, **self.rules)
         rows = np.asarray(tokens)[:, len(self.rules["forced"]) :].tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[str]:
+    """Of a recording, or, if it is `long`, of each of its parts. Raises ValueError or
+    FileNotFoundError; what cannot be heard is refused before weights are read."""
+    folder = weights.resolve(model)
+    window = weights.read_config(WhisperConfig, folder).window_samples
+    parts = recording.windows(clip, window, long)
+    asr = Transcriber.load(folder, language)
+    for part in parts:
+        yield asr(jnp.asarray(part)[None])[0]
 
 
 # ---------------------------------------------------------------------------------------------

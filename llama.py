@@ -125,8 +125,8 @@ class Attention(eqx.Module):
     o_proj: Linear
     head_width: int = eqx.field(static=True)
 
-    def __call__(self, x, angles, cache=None, mask=None):
-        """x [B, L, E]. Without a cache causal over x; with one, over the cache under `mask`."""
+    def __call__(self, x, angles, cache=None, seen=None):
+        """x [B, L, E]. Without a cache causal over x; with one, over what is `seen` of it."""
         queries, keys, values = (
             proj(x).reshape(*x.shape[:2], -1, self.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -139,12 +139,7 @@ class Attention(eqx.Module):
         rows = jnp.arange(x.shape[0])
         keys = cached_keys.at[rows, :, positions].set(keys[:, 0])
         values = cached_values.at[rows, :, positions].set(values[:, 0])
-        # one position over a cache that is kept head by head, so that nothing is turned around
-        groups = queries[:, 0].reshape(*keys.shape[:2], -1, self.head_width)
-        groups = groups * self.head_width**-0.5
-        scores = jnp.einsum("bgmk,bgck->bgmc", groups, keys, preferred_element_type=jnp.float32)
-        shares = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(values.dtype)
-        heard = jnp.einsum("bgmc,bgck->bgmk", shares, values)
+        heard = attention.attend_one(queries[:, 0], keys, values, seen)
         return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
 
 
@@ -167,8 +162,8 @@ class Layer(eqx.Module):
     post_attention_layernorm: RMSNorm
     mlp: MLP
 
-    def __call__(self, x, angles, cache=None, mask=None):
-        heard, keys_values = self.self_attn(self.input_layernorm(x), angles, cache, mask)
+    def __call__(self, x, angles, cache=None, seen=None):
+        heard, keys_values = self.self_attn(self.input_layernorm(x), angles, cache, seen)
         x = x + heard
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
@@ -240,7 +235,7 @@ class Llama(eqx.Module):
 
         def layer(x, module_and_cache):
             module, (keys, values) = module_and_cache
-            return module(x, angles, (positions, keys, values), seen[:, None, None])
+            return module(x, angles, (positions, keys, values), seen)
 
         x, cache = jax.lax.scan(layer, self.embed(ids[:, None]), (self.model.layers, cache))
         return self.model.norm(x[:, 0]), cache

@@ -264,11 +264,8 @@ def _read(
     slices = [handles[file_of[name]].get_slice(name) for name in names]
     expected = tuple(leaf.shape[1:] if stacked else leaf.shape)
     for name, found in zip(names, slices, strict=True):
-        if tuple(found.get_shape()) != expected:
-            raise ValueError(
-                f"{file_of[name]}: {name} has shape {tuple(found.get_shape())}; expected "
-                f"{expected} from config.json. Check that the two belong together."
-            )
+        if (shape := tuple(found.get_shape())) != expected:
+            raise ValueError(settings.misshaped(file_of[name], name, shape, expected))
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     holders = {}  # a slice of the array, and the devices that hold a copy of it
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():

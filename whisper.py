@@ -29,7 +29,7 @@ import tyro
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import weights
-from runtime import attention, command, recording, settings, sharding
+from runtime import attention, command, settings, sharding
 from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
@@ -177,15 +177,11 @@ class Attention(eqx.Module):
         x: Float[Array, "B 1 D"],
         keys: Float[Array, "B H T K"],
         values: Float[Array, "B H T K"],
-        seen: Bool[Array, "T"] | None = None,
+        seen: Bool[Array, "1 T"] | None = None,
     ) -> Float[Array, "B 1 D"]:
-        """The same for one position, over a cache that is kept head by head: turning a thousand
-        keys around for each token would cost more than all the rest of it."""
-        queries = self.split(self.q_proj(x))[:, 0] * keys.shape[-1] ** -0.5
-        scores = jnp.einsum("bhk,bhtk->bht", queries, keys, preferred_element_type=jnp.float32)
-        scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
-        shares = jax.nn.softmax(scores).astype(values.dtype)
-        return self.out_proj(jnp.einsum("bht,bhtk->bhk", shares, values).reshape(x.shape))
+        """The same for one position, over a cache that is kept head by head."""
+        heard = attention.attend_one(self.split(self.q_proj(x))[:, 0], keys, values, seen)
+        return self.out_proj(heard.reshape(x.shape))
 
     def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
         return self.attend(x, *self.keys_values(x), causal=causal)
@@ -232,7 +228,7 @@ class DecoderLayer(eqx.Module):
             jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 2)
             for old, fresh in zip(cache["self"], new, strict=True)
         )
-        seen = jnp.arange(keys.shape[2]) <= position
+        seen = jnp.arange(keys.shape[2])[None] <= position
         x = x + self.self_attn.attend_one(normal, keys, values, seen)
         x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cache["cross"])
         return self.think(x), (keys, values)
@@ -431,6 +427,7 @@ def main(
     ),
     model: str = "toy/whisper",
     language: str = "en",
+    long: bool = False,
 ) -> None:
     """Transcribe a clip.
 
@@ -438,12 +435,12 @@ def main(
         clip: audio file, at most as long as the model's window (30 s for published models).
         model: folder or Hugging Face repo id.
         language: code of the spoken language, for multilingual models.
+        long: split a longer one at its quietest moments; a line for each part.
     """
     import generate  # what writes word after word is a later chapter
 
-    asr = generate.Transcriber.load(model, language)
-    sound = recording.load_window(clip, asr.model.config.window_samples)
-    print(asr(jnp.asarray(sound))[0])
+    for text in generate.transcripts(clip, model, language, long):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class Predictions:
                 try:
                     line = json.loads(text)
                     self.lines[line["key"]] = line
+                    if "heard" in line and "transcript" not in line:  # as older files call it
+                        line["transcript"] = line.pop("heard")
                 except (ValueError, TypeError, KeyError):
                     continue  # the last line of a run that was killed, to be answered again
 
@@ -71,12 +73,14 @@ class Predictions:
         return line is None or (line["answer"] is None and not unknown)
 
     def line(self, system: str, item: Item, said: dict[str, Any]) -> dict[str, Any]:
-        """All that is written of an answer; `said` has "answer" and maybe "heard" and "error"."""
+        """All that is written of an answer; `said` has "answer" and maybe "transcript" (Whisper's),
+        "heard" (the text tokens nearest to the virtual tokens) and "error"."""
         example = item.example
         line = {"key": self.key(system, item), "system": system, "task": item.task}
         line |= {"id": example.id, "group": example.group, "audio": example.audio}
         line |= {"text": example.text, "prompt": item.ask.prompt}
-        line |= {key: said[key] for key in ("answer", "heard", "error") if key in said}
+        notes = ("answer", "transcript", "heard", "error")
+        line |= {key: said[key] for key in notes if key in said}
         return line | {"references": list(example.answers)}
 
     def tell(self, system: str, item: Item, answer: str | None, note: dict[str, str]) -> None:

@@ -36,16 +36,19 @@ COLOURS = {"untrained": "#bbbbbb", "diva": "#c0392b", "cascade": "#2874a6", "tex
 MORE_COLOURS = ("#d68910", "#1e8449", "#7d3c98", "#117864", "#a04000")
 
 
-def write(folder: Path, found: dict, items: list, answers: dict, scores: dict) -> None:
+def write(
+    folder: Path, found: dict, items: list, answers: dict, scores: dict, heard: list[dict]
+) -> None:
     """All of it, into `folder`. `items` as in eval.py; answers {system: [text or None]}; scores
-    {(system, number of the item): {metric: score of this answer alone}}."""
+    {(system, number of the item): {metric: score of this answer alone}}; `heard` is of each item
+    what predictions.jsonl says beside diva's answer."""
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     files.write_text(folder / "eval.json", text)
     (folder / "charts").mkdir(exist_ok=True)
     for task in found["tasks"]:
         chart(found, task, folder / "charts" / task)
     files.write_text(folder / "cases.tsv", cases(found, items, answers, scores))
-    files.write_text(folder / "report.html", page(folder, found, items, answers, scores))
+    files.write_text(folder / "report.html", page(folder, found, items, answers, scores, heard))
 
 
 def headline(task: dict[str, Any]) -> str:
@@ -262,7 +265,9 @@ def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> st
 # The page
 
 
-def page(folder: Path, found: dict, items: list, answers: dict, scores: dict) -> str:
+def page(
+    folder: Path, found: dict, items: list, answers: dict, scores: dict, heard: list[dict]
+) -> str:
     """One page without anything from elsewhere but the clips and charts that lie on this disk."""
     clips = []
     for task, part in found["tasks"].items():
@@ -280,6 +285,7 @@ def page(folder: Path, found: dict, items: list, answers: dict, scores: dict) ->
                 {"task": task, "id": example.id, "group": example.group, "text": example.text}
                 | {"audio": urllib.parse.quote(path.replace(os.sep, "/")), "said": said}
                 | {"prompt": items[i].ask.prompt, "references": example.answers}
+                | {key: heard[i].get(key, "") for key in ("transcript", "heard")}
             )
     # "<" ends no script element in this form, whatever a transcript holds
     content = json.dumps({"systems": found["systems"], "clips": clips}, ensure_ascii=False)
@@ -389,6 +395,8 @@ function show() {
     };
     row("prompt", clip.prompt ?? "(none)", "");
     row("transcript", clip.text || "(unknown)", "");
+    row("Whisper wrote", clip.transcript || "(unknown)", "");
+    row("the LLM heard", clip.heard || "(unknown)", "");
     row("reference", clip.references.join(" | "), "");
     clip.said.forEach(([answer, score], k) => row(systems[k], answer ?? "(no answer)", score));
   }

@@ -88,6 +88,14 @@ class Models:
         connectors = {"untrained": fresh, "diva": diva.connector}
         return Models(diva, connectors, asr, llama.Chat.load(llm_path))
 
+    def nearest(self, virtual: Float[Array, "B Q E"]) -> list[str]:
+        """What the LLM hears of each clip, as text: the tokens nearest to its virtual tokens."""
+        ids = np.asarray(nearest_tokens(virtual, self.diva.llm.model.embed_tokens.weight))
+        return [" ".join(self.chat.decode(row).split()) for row in ids]
+
+
+nearest_tokens = jax.jit(connector.nearest_tokens)
+
 
 @eqx.filter_jit
 def listen(diva: connector.DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
@@ -268,15 +276,15 @@ def answer(
     models: Models,
     questions: list[Question],
     lacking: list[set[str]],
-    heard: dict[int, str],
+    transcripts: dict[int, str],
     batch_size: int,
     tell: Callable[[int, str, str | None, dict[str, str]], None],
 ) -> None:
     """Let each system that is `lacking` to a question answer it.
 
-    `heard` holds the transcripts that are known already, by the question's number; those of the
-    others are added to it. `tell(number, system, answer, note)` is called as soon as an answer is
-    known; if there is none, the answer is None and note["error"] the reason.
+    `transcripts` holds those that are known already, by the question's number; those of the others
+    are added to it. `tell(number, system, answer, note)` is called as soon as an answer is known:
+    if there is none, the answer is None and note["error"] the reason.
 
     Every clip is decoded once, whatever is asked of it; every text is answered once, however many
     clips say it.
@@ -284,16 +292,17 @@ def answer(
     spoken = [
         i
         for i, systems in enumerate(lacking)
-        if systems & set(models.connectors) or ("cascade" in systems and i not in heard)
+        if systems & set(models.connectors) or ("cascade" in systems and i not in transcripts)
     ]
     asks = {question.ask for question, systems in zip(questions, lacking, strict=True) if systems}
     size = min(batch_size, len({question.audio for question in questions}))
     responder = Responder(models.diva.llm, models.chat, asks, size)
-    _answer_speech(models, responder, questions, spoken, lacking, heard, tell)
+    _answer_speech(models, responder, questions, spoken, lacking, transcripts, tell)
     wanted = collections.defaultdict(list)  # {(ask, text): who asks it}
     for i, (question, systems) in enumerate(zip(questions, lacking, strict=True)):
-        if "cascade" in systems and i in heard:
-            wanted[question.ask, heard[i]].append((i, "cascade", {"heard": heard[i]}))
+        if "cascade" in systems and i in transcripts:
+            note = {"transcript": transcripts[i]}
+            wanted[question.ask, transcripts[i]].append((i, "cascade", note))
         if "text" in systems and question.text:
             wanted[question.ask, question.text].append((i, "text", {}))
         elif "text" in systems:
@@ -313,7 +322,7 @@ def _answer_speech(
     questions: list[Question],
     spoken: list[int],
     lacking: list[set[str]],
-    heard: dict[int, str],
+    transcripts: dict[int, str],
     tell: Callable,
 ) -> None:
     asked = collections.defaultdict(list)  # {clip: numbers of its questions}
@@ -324,23 +333,26 @@ def _answer_speech(
     with tqdm(total=len(clips), unit="clip", desc="speech", disable=None) as bar:
         for some, audio, reasons in loaded(clips, responder.size, models.diva.window_samples):
             for i in (i for clip in reasons for i in asked[clip]):
-                needs_sound = lacking[i] - {"text"} - ({"cascade"} if i in heard else set())
+                needs_sound = lacking[i] - {"text"} - ({"cascade"} if i in transcripts else set())
                 for system in sorted(needs_sound):
                     tell(i, system, None, {"error": reasons[questions[i].audio]})
             rows = {i: row for row, clip in enumerate(some) for i in asked[clip]}
             rows = {i: row for i, row in rows.items() if questions[i].audio not in reasons}
             states = listen(models.diva, jnp.asarray(audio))
-            if any(i not in heard for i in rows):
+            if any(i not in transcripts for i in rows):
                 texts = models.asr(jnp.asarray(audio))
-                heard |= {i: texts[row] for i, row in rows.items() if i not in heard}
+                transcripts |= {i: texts[row] for i, row in rows.items() if i not in transcripts}
             for system, module in models.connectors.items():
                 work = [i for i in rows if system in lacking[i]]
                 if not work:
                     continue
                 asks, places = [questions[i].ask for i in work], [rows[i] for i in work]
-                said = responder.speech(asks, speak(module, states), places)
+                virtual = speak(module, states)
+                said = responder.speech(asks, virtual, places)
+                heard = models.nearest(virtual) if system == "diva" else []
                 for i, reply in zip(work, said, strict=True):
-                    tell(i, system, reply, {"heard": heard[i]} if system == "diva" else {})
+                    note = {"transcript": transcripts[i], "heard": heard[rows[i]]} if heard else {}
+                    tell(i, system, reply, note)
             bar.update(len(some))
 
 

@@ -22,7 +22,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from runtime import sharding
 
@@ -44,6 +44,21 @@ def attend(
     return jax.nn.dot_product_attention(
         queries, keys, values, is_causal=causal, implementation=IMPLEMENTATION
     )
+
+
+def attend_one(
+    queries: Float[Array, "B H K"],
+    keys: Float[Array, "B G S K"],
+    values: Float[Array, "B G S K"],
+    seen: Bool[Array, "#B S"] | None = None,
+) -> Float[Array, "B H K"]:
+    """The same for one position, over those of a cache that it has `seen` (None: all). The cache is
+    kept head by head: turning it around for each token would cost more than all the rest of it."""
+    groups = queries.reshape(*keys.shape[:2], -1, queries.shape[-1]) * queries.shape[-1] ** -0.5
+    scores = jnp.einsum("bgmk,bgsk->bgms", groups, keys, preferred_element_type=jnp.float32)
+    scores = scores if seen is None else jnp.where(seen[:, None, None], scores, -jnp.inf)
+    shares = jax.nn.softmax(scores).astype(values.dtype)
+    return jnp.einsum("bgms,bgsk->bgmk", shares, values).reshape(queries.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

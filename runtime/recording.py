@@ -177,6 +177,32 @@ def load_window(path: str | Path, window: int) -> Float32[np.ndarray, "1 S"]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def windows(
+    path: str | Path, window: int, long: bool = False, live: bool = False, most: int = 120
+) -> Float32[np.ndarray, "parts S"]:
+    """What is said in a file, in rows of `window` samples. One that is longer, silence at its ends
+    aside, is refused, or, if `long`, split at its quietest moments: `most` windows, an hour if they
+    have 30 s. Of a `live` one the ends are cut in any case: one clicks before one speaks.
+
+    Raises FileNotFoundError or ValueError by name, also where nothing is said.
+    """
+    seconds = window / SAMPLE_RATE
+    limit = f"the model's window of {seconds:g} s, and than the {most * seconds:g} s"
+    samples = load(path, most * seconds, f"{limit} that --long splits")
+    if nothing(samples):
+        raise ValueError(
+            f"{path}: nothing was heard (loudest sample {np.abs(samples).max():.1g}); "
+            "expected speech. Check the microphone and record it again."
+        )
+    samples = trim(samples) if live or len(samples) > window else samples
+    if len(samples) > window and not long:
+        raise ValueError(
+            f"{path}: {len(samples) / SAMPLE_RATE:.1f} s of speech; expected at most the "
+            f"model's window of {seconds:g} s. Say less, or split it with --long."
+        )
+    return pad(split(samples, window), window)
+
+
 def loudness(samples: Float[np.ndarray, "S"]) -> Float[np.ndarray, "frames"]:
     """Mean square of each 20 ms."""
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)

@@ -12,6 +12,7 @@ Reads: files.py.   Read next: template.py.
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ CHOOSING: Computed = {
     **dict.fromkeys(["forced_bos_token_id", "forced_eos_token_id"], ()),
     "exponential_decay_length_penalty": (),
 }
+ENGLISH_ONLY = 51_864  # rows of the published token tables that are for English alone
 ANSWERING: Computed = CHOOSING | dict.fromkeys(["suppress_tokens", "begin_suppress_tokens"], ())
 
 
@@ -166,6 +168,26 @@ def token_ids(file: Path, key: str, value: Any, rows: int | None) -> tuple[int, 
     return tuple(ids)
 
 
+POSITIONS = {  # {end of a tensor's name: the key that says how many rows it has}
+    "encoder.embed_positions.weight": "max_source_positions",
+    "decoder.embed_positions.weight": "max_target_positions",
+}
+
+
+def misshaped(file: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to say of a tensor that has another shape than config.json implies."""
+    key = next((key for end, key in POSITIONS.items() if name.endswith(end)), None)
+    if key and found[1:] == expected[1:]:  # cut, or stretched, in config.json alone
+        return (
+            f"{file.parent / 'config.json'}: {key} is {expected[0]}; expected {found[0]}, the rows "
+            f"of {name} in {file.name}. Set it to that: a window is not cut in config.json alone."
+        )
+    return (
+        f"{file}: {name} has shape {found}; expected {expected} from config.json. Check that the "
+        "two belong together."
+    )
+
+
 def count(file: Path, key: str, values: dict[str, Any]) -> int | None:
     """A number of tokens, if there is one. Raises ValueError."""
     value = values.get(key)
@@ -190,6 +212,23 @@ def generation(folder: Path, computed: Computed) -> tuple[Path, dict[str, Any]]:
     values = files.read_json(file)
     refuse(file, values, computed)
     return file, values
+
+
+def transcribing(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The same for a Whisper. Without generation_config.json its tokenizer says which tokens name
+    languages and tasks, as <|de|> and <|transcribe|> do. Raises ValueError."""
+    file, values = generation(folder, CHOOSING)
+    if file.name != "config.json" or not (folder / "tokenizer.json").is_file():
+        return file, values
+    tokens = tokenizer(folder).get_vocab(with_added_tokens=True)
+    found = {"no_timestamps_token_id": tokens.get("<|notimestamps|>")}
+    # the tokenizers of English-only models name all languages too
+    found["is_multilingual"] = values.get("vocab_size") != ENGLISH_ONLY
+    if "<|transcribe|>" in tokens:
+        names = [name for name in tokens if re.fullmatch(r"<\|[a-z]{2,3}\|>", name)]
+        found["lang_to_id"] = {name: tokens[name] for name in names}
+        found["task_to_id"] = {"transcribe": tokens["<|transcribe|>"]}
+    return file, found | values
 
 
 def listening(folder: Path, num_mel_bins: int) -> None:

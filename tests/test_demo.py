@@ -19,8 +19,11 @@ import pytest
 import soundfile
 import tyro
 
+import connector
 import demo
 import generate
+import weights
+import whisper
 from evaluation import systems
 from runtime import recording
 
@@ -191,6 +194,34 @@ def test_a_recording_longer_than_the_window_is_refused_or_split(assistant, tmp_p
     for long in (False, True):
         with pytest.raises(ValueError, match=r"of 1\.6 s, and than the 16 s that --long splits; "):
             assistant.listen(endless, long=long)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [whisper.main, connector.main, lambda clip: demo.main((str(clip),))],
+    ids=["whisper", "connector", "demo"],
+)
+def test_what_is_too_long_is_refused_before_weights_are_read(tmp_path, monkeypatch, main):
+    """The window is known from config.json."""
+    monkeypatch.setattr(weights, "load", lambda *_: pytest.fail("weights are read"))
+    file = write(tmp_path / "long.wav", tone(3.0))
+    with pytest.raises(ValueError, match=rf"{file}: .*the model's window of 1\.6 s"):
+        main(file)
+
+
+def test_whisper_writes_a_line_for_each_part_of_a_long_recording(tmp_path, capsys):
+    """Cut where demo.py cuts it: of two questions with a pause between them, first the first."""
+    one, two = (recording.load(row["audio"]) for row in questions(2))
+    samples = np.concatenate([one, np.zeros(RATE // 8, np.float32), two])
+    file = write(tmp_path / "two.wav", samples, subtype="FLOAT")
+    with pytest.raises(ValueError, match=rf"{file}: \d\.\d s of speech; .*--long"):
+        whisper.main(file)
+    whisper.main(file, long=True)
+    lines = capsys.readouterr().out.splitlines()
+    parts = recording.split(recording.trim(samples), 25_600)
+    asr = generate.Transcriber.load(TOY / "whisper")
+    assert lines == asr(jnp.asarray(recording.pad(parts, 25_600)))
+    assert len(lines) == 2 and lines[0] == "what is the opposite of hot"
 
 
 SILENT = {

@@ -212,7 +212,6 @@ def without(key: str) -> dict:
         (OWN | {"metrics": ["f1", "f2"]}, "metric 'f2'; expected .* exact_match, contains, f1"),
         (OWN | {"metrics": [["f1"]]}, r"metric \['f1'\]"),
         (OWN | {"metrics": []}, "no metrics; expected"),
-        (without("metrics"), "no metrics; expected"),
         (OWN | {"metrics": ["f1", "weighted_f1"]}, "weighted_f1 without labels; expected"),
         (OWN | {"labels": "red"}, "labels 'red'; expected .*a list of texts"),
         (OWN | {"labels": 3}, "labels 3"),
@@ -230,6 +229,15 @@ def test_a_wrong_entry_names_file_task_and_value(own, entry, message):
     write_tasks(own, {"fine": OWN, "qa": entry})
     with pytest.raises(ValueError, match=rf"(?s)tasks\.json: qa: .*{message}"):
         evaluation.read_tasks([own])
+
+
+def test_a_file_of_ones_own_is_a_task_as_it_stands(own):
+    """manifest=FILE, without a tasks.json: no prompt, and any of a line's answers counts."""
+    write_lines(own / "own.jsonl", [ROW, {"audio": "b.wav", "answers": ["moon", "dog"]}])
+    (task,) = evaluation.read_tasks([f"manifest={own / 'own.jsonl'}"]).values()
+    assert task.suite == "manifest" and task.prompt is None and task.labels == ()
+    assert [example.answers for example in task.examples] == [("red",), ("moon", "dog")]
+    assert task.metrics == ("contains", "f1", "exact_match", "wer")
 
 
 @pytest.mark.parametrize("most", [True, False, 0, -3])
@@ -320,7 +328,7 @@ def file(tmp_path) -> Path:
 def test_an_answer_is_on_disk_as_soon_as_it_is_told(file):
     kept, item = evaluation.Predictions(file, MODEL), one_item(group="gbr")
     assert kept.lacks("diva", item) and kept.get("diva", item) is None
-    kept.tell("diva", item, "two", {"heard": "to"})
+    kept.tell("diva", item, "two", {"heard": "to", "transcript": "too"})
     (line,) = read_lines(file)
     assert line == {
         "key": kept.key("diva", item),
@@ -332,6 +340,7 @@ def test_an_answer_is_on_disk_as_soon_as_it_is_told(file):
         "text": "question 0",
         "prompt": "Say it.",
         "answer": "two",
+        "transcript": "too",
         "heard": "to",
         "references": ["red"],
     }
@@ -900,7 +909,7 @@ def made_up(tmp_path, monkeypatch, no_charts) -> Callable[..., Run]:
     for name in ("model.safetensors", "config.json"):
         (model / name).write_text(name)
 
-    def answer(models, questions, lacking, heard, batch_size, tell):
+    def answer(models, questions, lacking, transcripts, batch_size, tell):
         for i, some in enumerate(lacking):
             for system in sorted(some):
                 said["told"].append((i, system))
@@ -1186,14 +1195,14 @@ def counting(most: int | None = None) -> Iterator[list[tuple[int, str]]]:
     """The answers that are asked for; after `most` of them, someone presses Ctrl+C."""
     told, plain = [], systems.answer
 
-    def counted(models, questions, lacking, heard, batch_size, tell):
+    def counted(models, questions, lacking, transcripts, batch_size, tell):
         def count(i, system, answer, note):
             if len(told) == most:
                 raise KeyboardInterrupt
             told.append((i, system))
             tell(i, system, answer, note)
 
-        plain(models, questions, lacking, heard, batch_size, count)
+        plain(models, questions, lacking, transcripts, batch_size, count)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(systems, "answer", counted)
@@ -1326,8 +1335,10 @@ def test_each_line_says_what_was_asked_and_heard(whole):
     prompts = {line["prompt"] for line in lines if line["task"] == "translation"}
     assert prompts == {"say it in German", "say it in Turkish"}
     for diva, cascade in zip(lines[1::4], lines[2::4], strict=True):
-        assert diva["heard"] == cascade["heard"] != ""
-    assert all("heard" not in line for line in lines[::4] + lines[3::4])
+        assert diva["transcript"] == cascade["transcript"] != "" and "heard" not in cascade
+    assert len({diva["heard"] for diva in lines[1::4]} - {""}) > 5
+    for line in lines[::4] + lines[3::4]:
+        assert not {"transcript", "heard"} & line.keys()
 
 
 def test_a_repeated_run_loads_no_model_and_finds_the_same(
@@ -1362,8 +1373,10 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_missing(
 def test_a_cascade_that_is_missing_alone_listens_to_no_clip_again(
     root, known, whole, monkeypatch, no_charts
 ):
-    """What was heard stands beside diva's answer."""
+    """The transcript stands beside diva's answer; in older files it is called `heard`."""
     lines = read_lines(whole.folder / "predictions.jsonl")
+    for line in lines[1::8]:
+        line["heard"] = line.pop("transcript")
     out = root / "without cascade"
     some = [line for line in lines if line["system"] != "cascade"]
     write_lines(out / "predictions.jsonl", some)
@@ -1379,7 +1392,10 @@ def test_answers_are_the_same_every_time_and_in_batches_of_any_size(root, known,
         evaluation.evaluate(root / "diva", [known], batch_size=99, out=root / "large")
     assert len(told) == 4 * ITEMS
     answers = [
-        [(line["key"], line["answer"], line.get("heard")) for line in read_lines(folder)]
+        [
+            (line["key"], line["answer"], line.get("heard"), line.get("transcript"))
+            for line in read_lines(folder)
+        ]
         for folder in (root / "large/predictions.jsonl", whole.folder / "predictions.jsonl")
     ]
     assert answers[0] == answers[1]
@@ -1412,7 +1428,7 @@ def test_clips_that_cannot_be_decoded_count_as_wrong_and_are_listed(root, whole,
     for line in lines:
         lost = line["audio"] in bad and line["system"] in HEARING
         assert line["answer"] == (None if lost else old[line["key"]]["answer"]), line
-        assert ("error" in line) == lost and not (lost and "heard" in line)
+        assert ("error" in line) == lost and not (lost and {"heard", "transcript"} & line.keys())
         if lost:
             assert line["scores"].get("accuracy", 0) == line["scores"].get("exact_match", 0) == 0
     lost = {"spoken_qa": 1, "translation": 1, "emotion": 2, "repeat": 0}
@@ -1457,3 +1473,20 @@ def test_without_a_transcript_the_upper_bound_alone_is_wrong(root, first, no_cha
         assert line["answer"] == (None if told else old[line["id"], line["system"]])
     assert found["errors"] == {}, "the clips are fine"
     assert found["tasks"]["emotion"]["errors"] == {s: 4 * (s == "text") for s in SYSTEMS}
+
+
+def test_clips_of_ones_own_are_scored_without_a_tasks_json(root, first, no_charts):
+    """manifest=FILE from the files to the table: what diva says is right, and a word for another
+    an error."""
+    lines = [line for line in read_lines(first) if line["system"] == "diva"]
+    rows = [{"audio": line["audio"], "answer": line["answer"] or "one"} for line in lines[:3]]
+    rows[1]["answer"] += " two"
+    write_lines(root / "own/mine.jsonl", rows)
+    source, out = f"manifest={root / 'own/mine.jsonl'}", root / "own/out"
+    found = evaluation.evaluate(root / "diva", [source], batch_size=4, out=out)
+    part = found["tasks"]["manifest"]
+    assert part["prompt"] is None and part["n"] == 3 and not found["errors"]
+    assert list(part["metrics"]) == ["contains", "f1", "exact_match", "wer"]
+    said = [line["answer"] for line in read_lines(out / "predictions.jsonl")][1::4]
+    right = [words(a) == words(row["answer"]) for a, row in zip(said, rows, strict=True)]
+    assert part["metrics"]["exact_match"]["diva"]["score"] == pytest.approx(100 * np.mean(right))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import connector
 import demo
 import eval as evaluation
 from benchmarks import slices, toy
@@ -117,6 +118,7 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "keep_compiled", lambda: None)
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
+    monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     monkeypatch.chdir(tmp_path)
     for command in commands:

@@ -82,6 +82,12 @@ def evaluated(
     return Evaluated(found, items, answers, scores)
 
 
+def heard_of(run: Evaluated) -> list[dict[str, str]]:
+    """What stands beside diva's answers: of the first clip nothing, since it gave none."""
+    said = (item.example.text for item in run.items)
+    return [{"transcript": text, "heard": f"um {text}"} if n else {} for n, text in enumerate(said)]
+
+
 def entry(score: float, reach: float = 1.0, **more: object) -> dict:
     return {"score": score, "low": score - reach, "high": score + reach, "n": 9} | more
 
@@ -566,7 +572,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page_of(run: Evaluated, folder: Path = Path("/out")) -> Page:
-    return Page(report.page(folder, *run))
+    return Page(report.page(folder, *run, heard_of(run)))
 
 
 def outline(page: Page) -> list[str]:
@@ -604,6 +610,8 @@ def test_the_page_shows_table_charts_and_every_clip_with_its_answers():
         "audio": "../nowhere/0.wav",
         "prompt": "Say it.",
         "references": ["red", "rot"],
+        "transcript": "",
+        "heard": "",
         "said": [  # the answer, its score, whether there is nothing to gain
             ["blue", 0, False],
             ["red", 100, True],
@@ -614,6 +622,7 @@ def test_the_page_shows_table_charts_and_every_clip_with_its_answers():
     }
     assert repeated["prompt"] is None, "of a word error rate, 0 is the best"
     assert [value[1:] for value in repeated["said"][1:4]] == [[0, True], [100, False], [100, False]]
+    assert (into["transcript"], into["heard"]) == ("what is 2", "um what is 2")
     assert mood["group"] == "x" and mood["said"][0] == ["blue", 0, False]
 
 
@@ -675,7 +684,7 @@ def fields(example: suites.Example) -> list:
 
 
 def test_no_mark_of_the_page_is_left():
-    text = report.page(Path("/out"), *evaluated({"qa": task_of([clip(0)])}))
+    text = report.page(Path("/out"), *(run := evaluated({"qa": task_of([clip(0)])})), heard_of(run))
     assert not re.findall("@[A-Z]+@", text)
     assert set(re.findall("@[A-Z]+@", report.PAGE)) == {
         *("@TITLE@", "@TABLE@", "@CHARTS@", "@SHOWN@", "@CONTENT@")
@@ -684,7 +693,7 @@ def test_no_mark_of_the_page_is_left():
 
 def test_the_page_takes_nothing_from_elsewhere():
     """No address, no style sheet, no script but its own."""
-    text = report.page(Path("/out"), *evaluated({"qa": task_of([clip(0)])}))
+    text = report.page(Path("/out"), *(run := evaluated({"qa": task_of([clip(0)])})), heard_of(run))
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<iframe|<object", text)
     assert [a for t, a in Page(text).tags if t == "script" and "src" in a] == []
 
@@ -722,13 +731,13 @@ def test_everything_is_written_into_the_folder(tmp_path):
     run = evaluated(tasks, lambda s, n: "größe", ["other"])
     (tmp_path / "report.html").write_text("old" * 9999)
     for _ in range(2):
-        report.write(tmp_path, *run)
+        report.write(tmp_path, *run, heard_of(run))
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     charts = {f"charts/{name}.{ending}" for name in tasks for ending in ("png", "svg")}
     assert written == {"eval.json", "cases.tsv", "report.html"} | charts
     assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == run.found
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page == report.page(tmp_path, *run) and "größe" in page
+    assert page == report.page(tmp_path, *run, heard_of(run)) and "größe" in page
     assert (tmp_path / "cases.tsv").read_text(encoding="utf-8") == report.cases(*run)
 
 

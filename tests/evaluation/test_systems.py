@@ -556,7 +556,7 @@ def test_the_cascade_answers_the_transcript_that_is_known(
     heard = {0: "good moon", 1: "", 2: "red dog"}
     told = ask_all(models, questions[:3], {"cascade"}, dict(heard))
     assert told == {
-        (i, "cascade"): (oracle.text(QA, text), {"heard": text}) for i, text in heard.items()
+        (i, "cascade"): (oracle.text(QA, text), {"transcript": text}) for i, text in heard.items()
     }
     assert len(set(answers(told).values())) == 3
 
@@ -568,8 +568,8 @@ def test_a_known_transcript_stays_where_the_clip_is_heard_again(
     heard = {0: "good moon"}
     told = ask_all(models, questions[:2], heard=heard)
     assert heard == {0: "good moon", 1: transcripts[1]} and transcripts[0] != "good moon"
-    assert told[0, "cascade"] == (oracle.text(QA, "good moon"), {"heard": "good moon"})
-    assert told[1, "cascade"] == (oracle.text(QA, heard[1]), {"heard": heard[1]})
+    assert told[0, "cascade"] == (oracle.text(QA, "good moon"), {"transcript": "good moon"})
+    assert told[1, "cascade"] == (oracle.text(QA, heard[1]), {"transcript": heard[1]})
 
 
 def test_transcripts_are_added_to_those_that_are_known(models, questions, transcripts):
@@ -578,11 +578,18 @@ def test_transcripts_are_added_to_those_that_are_known(models, questions, transc
     assert heard == {i: transcripts[i] for i in range(6)}
 
 
-def test_notes_say_what_was_heard(models, questions, transcripts):
-    """Beside the answers of diva, from which a later run takes it, and of the cascade."""
+def test_notes_say_what_was_written_and_heard(models, questions, oracle, transcripts):
+    """The transcript beside diva's answers, from which a later run takes it, and the cascade's;
+    beside diva's the words that are nearest to its virtual tokens, specials left out."""
     for (i, system), (answer, note) in ask_all(models, questions).items():
         assert answer is not None
-        assert note == ({"heard": transcripts[i]} if system in ("diva", "cascade") else {})
+        expected = {"transcript": transcripts[i]} if system in ("diva", "cascade") else {}
+        if system == "diva":
+            virtual = oracle.hears("diva", questions[i].audio).astype(float)
+            ids = np.linalg.norm(virtual[:, None] - oracle.table, axis=-1).argmin(-1)
+            words = [universe.VOCABULARY[n] for n in ids]
+            expected["heard"] = " ".join(word for word in words if word not in universe.SPECIAL)
+        assert note == expected
 
 
 def test_a_text_is_answered_once_however_many_clips_say_it(models, questions, oracle, monkeypatch):
@@ -640,7 +647,7 @@ def test_a_text_that_is_too_long_for_the_llm_has_no_answer(models, questions, ex
     heard = {0: texts[1], 1: texts[0], 2: "sun", 3: "", 4: "moon"}
     told = ask_all(models, asked, {"cascade", "text"}, heard)
     error = {"error": "too long for the LLM"}
-    assert told.pop((0, "cascade")) == (None, {"heard": texts[1]} | error)
+    assert told.pop((0, "cascade")) == (None, {"transcript": texts[1]} | error)
     assert told.pop((1, "text")) == (None, error)
     assert told.pop((0, "text")) == (oracle.text(QA, texts[0]), {})
     for (i, system), (answer, note) in told.items():
@@ -712,7 +719,7 @@ def test_only_what_is_lacking_has_no_answer_of_a_bad_clip(models, spoilt):
 def test_a_bad_clip_is_answered_by_the_cascade_if_its_transcript_is_known(models, spoilt, oracle):
     told = ask_all(models, spoilt[:1], {"diva", "cascade"}, {0: "good moon"})
     assert told[0, "diva"][0] is None
-    assert told[0, "cascade"] == (oracle.text(QA, "good moon"), {"heard": "good moon"})
+    assert told[0, "cascade"] == (oracle.text(QA, "good moon"), {"transcript": "good moon"})
 
 
 def test_where_no_clip_can_be_decoded_only_texts_are_answered(

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import universe
 from tokenizers import Tokenizer
+from tokenizers import models as tokens
 
 import generate
 import llama
 import weights
 import whisper
+from runtime import settings
 
 LLAMA31 = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
     "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
@@ -468,8 +470,71 @@ def test_the_longest_transcript_is_counted_beside_what_is_forced(asr, said, leng
     assert read_rules(asr)["max_length"] == length
 
 
-@pytest.mark.parametrize("said", [{"lang_to_id": ...}, {"is_multilingual": False}], ids=str)
-def test_a_language_that_no_rule_can_set_is_refused(asr, said):
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"lang_to_id": ...}, "no lang_to_id"), ({"is_multilingual": False}, "an English-only model")],
+    ids=str,
+)
+def test_a_language_that_no_rule_can_set_is_refused(asr, said, why, monkeypatch):
+    """Before weights are read."""
+    monkeypatch.setattr(weights, "load", lambda *_: pytest.fail("weights are read"))
     change(asr / "generation_config.json", **RULES | said)
     assert read_rules(asr, "en")["forced"] == (1, 9)
-    refused(lambda: read_rules(asr, "de"), "no lang_to_id", "'de'")
+    message = f"{asr / 'generation_config.json'}: {why}, so language 'de' cannot be set"
+    refused(lambda: read_rules(asr, "de"), message)
+    refused(lambda: generate.Transcriber.load(asr, "de"), message)
+
+
+LANGUAGES = {"<|en|>": 5, "<|de|>": 6, "<|haw|>": 7, "<|transcribe|>": 9, "<|notimestamps|>": 11}
+
+
+@pytest.fixture
+def bare(asr) -> Path:
+    """A Whisper without generation_config.json whose tokenizer names languages, and more."""
+    ids = {"<unk>": 0, "<|startoftranscript|>": 1, "<|0.00|>": 2} | LANGUAGES
+    tokenizer = Tokenizer(tokens.WordLevel(ids, "<unk>"))
+    tokenizer.add_special_tokens([*LANGUAGES])
+    tokenizer.save(str(asr / "tokenizer.json"))
+    return asr
+
+
+@pytest.mark.parametrize(("code", "token"), [("en", 5), ("de", 6), ("haw", 7)])
+def test_without_a_generation_config_the_tokens_say_which_languages_there_are(bare, code, token):
+    """And what transcribes, and what keeps times away; whatever an older file would force."""
+    change(bare / "config.json", forced_decoder_ids=[[1, 5], [2, 9], [3, 11]])
+    assert read_rules(bare, code)["forced"] == (1, token, 9, 11)
+    refused(
+        lambda: read_rules(bare, "fr"), f"{bare / 'config.json'}: no language 'fr'", "de, en, haw"
+    )
+
+
+def test_an_english_only_model_is_known_by_the_rows_of_its_table(bare, monkeypatch):
+    """The published ones have 51,864, and a tokenizer that names all languages nevertheless."""
+    monkeypatch.setattr(settings, "ENGLISH_ONLY", universe.WHISPER.vocab_size)
+    assert read_rules(bare, "en")["forced"] == (1, 11)
+    refused(lambda: read_rules(bare, "de"), f"{bare / 'config.json'}: an English-only model")
+
+
+def test_a_tokenizer_without_tasks_names_no_languages(asr):
+    """<|bos|> and <|end|> are none."""
+    assert read_rules(asr, "en")["forced"] == (1,)
+    refused(lambda: read_rules(asr, "bos"), "no lang_to_id, so language 'bos'")
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(
+    ("key", "had"), [("max_source_positions", 25), ("max_target_positions", 7)]
+)
+@pytest.mark.parametrize("said", [5, 40])
+def test_a_window_that_was_cut_in_config_json_alone_is_laid_to_it(asr, key, had, said):
+    """Not to the weights; with what they have."""
+    change(asr / "config.json", **{key: said})
+    message = f"{asr / 'config.json'}: {key} is {said}; expected {had}, the rows of model."
+    refused(lambda: whisper.Whisper.load(asr), message, "Set it to that: ")
+
+
+def test_positions_of_another_width_are_not_those_of_a_window(asr):
+    change(asr / "config.json", d_model=8, max_source_positions=5)
+    refused(lambda: whisper.Whisper.load(asr), "model.safetensors: model.encoder.", "has shape")
