@@ -1,4 +1,4 @@
-"""An English speech corpus from nothing: `python -m benchmarks.speech` (half an hour).
+"""An English speech corpus from nothing: `python -m benchmarks.speech` (about an hour).
 
 What people ask and tell an assistant, put together from our own words.txt and sentences.txt, and
 spoken by flite and espeak-ng: enough words to train a connector between a published Whisper and a
