@@ -56,9 +56,10 @@ class Recipe:
 
     whisper: str = "toy/whisper"  # Speech model: a folder or a Hugging Face repo id.
     llm: str = "toy/llama"  # Text model, teacher and student alike: a folder or a repo id.
-    # Clips: a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+    # Clips: Common Voice, LibriSpeech, JSONL, or parquet: a folder, or OWNER/NAME[/CONFIG] (Hub).
     data: str = "toy/common_voice/en"
     split: str = "train"  # Which split of it to train on.
+    text_column: str | None = None  # Where parquet has the transcripts; None: text, sentence, ...
     # Virtual tokens per clip; None: as many as the Whisper decoder has positions.
     queries: int | None = None
     steps: int = 4300  # Optimizer steps of the whole run; warm-up and cosine span them.
@@ -315,7 +316,7 @@ def compile_for(config: Config) -> compiling.SliceProgram:
 def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
     """The clips, prefix and suffix of the template, and FLOPs of one clip. The folder notes what
     run it is when all is known to be right that can be without weights. Raises ValueError."""
-    clips = data.read_clips(config.data, config.split)
+    clips = data.read_clips(config.data, config.split, config.text_column)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
     connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?

@@ -215,7 +215,7 @@ def test_a_missing_split_is_refused_with_those_that_are_there(voice):
     refused(
         FileNotFoundError,
         partial(data.read_clips, voice, "trian"),
-        f"{voice}: no split 'trian': neither trian.tsv (Common Voice) nor *.trans.txt",
+        f"{voice}: no split 'trian': neither trian.tsv (Common Voice) nor parquet nor *.trans.txt",
         "found train. Check --data and --split",
     )
     (voice / "train.tsv").unlink()
@@ -370,7 +370,7 @@ def test_a_path_that_is_no_data_is_refused(tmp_path):
         FileNotFoundError,
         partial(data.read_clips, tmp_path / "nowhere"),
         f"{tmp_path / 'nowhere'}: no such file or folder; expected a Common Voice folder",
-        "LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data",
+        "LibriSpeech folder (*.trans.txt), a folder of parquet, a JSONL manifest or the id of a",
     )
     empty = tmp_path / "list.jsonl"
     empty.write_text("\n")

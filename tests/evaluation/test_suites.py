@@ -178,17 +178,19 @@ def test_parquet_that_is_not_whole_is_refused_by_name(heysquad):
     read = partial(suites.read_heysquad, heysquad)
     file = heysquad / "data/validation-00000-of-00002.parquet"
     put(file, file.read_bytes()[:-9])
-    refused(ValueError, read, file, "expected parquet with id, audio, question")
+    refused(ValueError, read, file, "expected a table in parquet that is whole")
     shard(heysquad, [{"id": "a"}], pa.schema([("id", pa.string())]), file.name)
     refused(ValueError, read, file, "no column audio or question or answers or is_impossible")
     file.unlink()
     refused(FileNotFoundError, read, "1 files of 2; expected all shards", "Check the split")
-    refused(FileNotFoundError, partial(read, split="test"), "data/test-*.parquet: 0 files of any")
+    say = "data/test-*.parquet is missing; found data/train, data/validation. Check the path and"
+    refused(FileNotFoundError, partial(read, split="test"), say)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(heysquad, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(ValueError, partial(suites.read_heysquad, heysquad), "pip install pyarrow", heysquad)
+    say = "pip install '.[parquet]'"
+    refused(ValueError, partial(suites.read_heysquad, heysquad), say, heysquad)
 
 
 # --------------------------------------------------------------------------------------- SD-QA
