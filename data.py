@@ -160,12 +160,14 @@ def seconds_of(clips: list[Clip]) -> list[float]:
     """
     known, failures = _seconds_by_table(clips), (sf.SoundFileError, RuntimeError)
     rest = {clip.audio: clip.meta for clip in clips if clip.audio not in known}
-    rows = {name: parquet.row_of(name) for name in rest if parquet.is_row(name)}
+    rows = [name for name in rest if parquet.is_row(name)]
     known |= {name: said for name in rows if (said := parquet.seconds_said(rest[name]))}
-    rows = {name: row for name, row in rows.items() if name not in known}
-    tables = sorted({file for file, _ in rows.values()})
+    rows = [name for name in rows if name not in known]
+    tables = sorted({parquet.row_of(name)[0] for name in rows})
     held = files.remembered("seconds-in-tables", tables, recording.seconds_in, failures)
-    known |= {name: held[file][row] if held[file] else 0.0 for name, (file, row) in rows.items()}
+    for name in rows:
+        file, row = parquet.row_of(name)
+        known[name] = held[file][row] if held[file] else 0.0
     rest = [name for name in rest if name not in known]
     known |= files.remembered("seconds-held", rest, recording.seconds, failures)
     return [known[clip.audio] for clip in clips]

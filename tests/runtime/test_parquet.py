@@ -368,6 +368,18 @@ def test_a_row_holds_the_recording_that_was_put_in(tmp_path, kind, group):
     )
 
 
+def test_row_groups_that_make_each_clip_slow_are_a_warning(tmp_path, monkeypatch, caplog):
+    file = shard(tmp_path / "train.parquet", [row(n, kind="WAV") for n in range(40)], 20)
+    data.read_clips(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(parquet, "LARGE", 10_000)
+    data.read_clips(tmp_path)
+    said = (
+        f"{file}: each clip reads half of a row group of 0 MB on average; a pyarrow.parquet.write"
+    )
+    assert said in caplog.text and len(caplog.records) == 1
+
+
 def test_a_row_group_is_read_no_further_than_the_row(tmp_path, monkeypatch):
     """A few rows at a time, of the audio alone, and of one row group."""
     file, read = shard(tmp_path / "train.parquet", [row(n) for n in range(40)], 20), []
