@@ -1,4 +1,4 @@
-"""Data: a clip and its transcript. Common Voice, LibriSpeech or JSONL on disk -> batches of numpy.
+"""Data: a clip and its transcript. Common Voice, LibriSpeech, JSONL, parquet -> batches.
 
     read_clips(path) -> [Clip]      what there is: names and transcripts, no audio yet
     prepare(clips)   -> Corpus      what can be used: tokenised, without what does not fit
@@ -10,7 +10,7 @@ threads that run ahead of the device. Nothing is ever cut: what does not fit is 
 and reported. Run it to see what a corpus holds:  python data.py cv/en
 
 Annex: runtime/recording.py decodes a file to 16 kHz mono; runtime/files.py reads the lists, and
-keeps what a clip's header said for the next start.
+keeps what a clip's header said for the next start; runtime/parquet.py finds what the Hub holds.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
 Reads: nothing of ours.   Read next: train.py.
@@ -33,7 +33,7 @@ import soundfile as sf
 import tyro
 from jaxtyping import Float, Int32
 
-from runtime import command, files, recording
+from runtime import command, files, parquet, recording
 from runtime.recording import SAMPLE_RATE
 
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
@@ -56,22 +56,28 @@ class Clip:
 # What there is
 
 
-def read_clips(path: str | Path, split: str = "train") -> list[Clip]:
-    """List the clips of a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+def read_clips(
+    path: str | Path, split: str = "train", text_column: str | None = None
+) -> list[Clip]:
+    """List the clips of a Common Voice folder, a LibriSpeech folder, a JSONL manifest, or parquet,
+    in a folder or on the Hub, whose transcripts stand in `text_column` or the first usual one.
 
     Raises FileNotFoundError or ValueError that names file and line.
     """
-    path, clips, bad = Path(path), [], []
-    if path.is_file():
-        rows = _manifest_rows(path)
-    elif (path / f"{split}.tsv").is_file():
+    path, clips, bad = parquet.downloaded(Path(path), split), [], []
+    if (path / f"{split}.tsv").is_file():
         rows = _common_voice_rows(path / f"{split}.tsv", bad)
+    elif shards := parquet.shards(path, split):
+        rows = parquet.clips(shards, text_column)
+    elif path.is_file():
+        rows = _manifest_rows(path)
     elif path.is_dir():
         rows = _librispeech_rows(path, split)
     else:
         raise FileNotFoundError(
             f"{path}: no such file or folder; expected a Common Voice folder (SPLIT.tsv and "
-            "clips/), a LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data."
+            "clips/), a LibriSpeech folder (*.trans.txt), a folder of parquet, a JSONL manifest or "
+            "the id of a dataset on the Hub. Check --data."
         )
     for where, folder, audio, text, meta in rows:
         if not audio.strip() or not text.strip():
@@ -79,15 +85,18 @@ def read_clips(path: str | Path, split: str = "train") -> list[Clip]:
         elif files.of_macos(audio):
             bad.append((where, "of macOS (._*), no recording"))
         else:
-            clips.append(Clip(files.beside(folder, audio), text.strip(), meta))
+            audio = audio if folder is None else files.beside(folder, audio)
+            clips.append(Clip(audio, text.strip(), meta))
     files.warn_left_out(path, bad, clips)
     if not clips:
         raise ValueError(f"{path}: split {split!r} lists no clip; expected at least one.")
+    if all(clip.text == clip.text.upper() for clip in clips):  # LibriSpeech: twice the tokens
+        clips = [dataclasses.replace(clip, text=clip.text.lower()) for clip in clips]
     return clips
 
 
-# (FILE:LINE, the folder that the path is relative to, path, text, what else is known) of each row
-Rows = Iterator[tuple[str, str | Path, str, str, dict[str, str]]]
+# (FILE:LINE, folder that the path is relative to, path, text, what else is known) of each row
+Rows = Iterator[tuple[str, str | Path | None, str, str, dict[str, str]]]
 
 
 def _common_voice_rows(file: Path, bad: list[tuple[str, str]]) -> Rows:
@@ -113,11 +122,11 @@ def _librispeech_rows(folder: Path, split: str) -> Rows:
     else:  # SPEAKER/CHAPTER/ and no deeper: another split never stands in for a missing one
         found = files.listed(folder, "*/*/*.trans.txt")
     if not found:
-        splits = [p.stem for p in files.listed(folder, "*.tsv")]
+        splits = [p.stem for p in files.listed(folder, "*.tsv")] + parquet.splits_in(folder)
         splits += sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != "clips")
         raise FileNotFoundError(
-            f"{folder}: no split {split!r}: neither {split}.tsv (Common Voice) nor *.trans.txt "
-            f"(LibriSpeech); found {', '.join(splits) or 'nothing of the kind'}. "
+            f"{folder}: no split {split!r}: neither {split}.tsv (Common Voice) nor parquet nor "
+            f"*.trans.txt (LibriSpeech); found {', '.join(splits) or 'nothing of the kind'}. "
             "Check --data and --split."
         )
     for file in found:
@@ -146,15 +155,23 @@ def _manifest_rows(file: Path) -> Rows:
 
 
 def seconds_of(clips: list[Clip]) -> list[float]:
-    """Length of each clip, almost without decoding: Common Voice's clip_durations.tsv, else what
-    the headers say, where they do.
+    """Length of each clip, almost without decoding: Common Voice's clip_durations.tsv or a column
+    of the parquet, else what the headers say, where they do.
 
-    A file whose header cannot be read counts as 0 s: decoding it will say what is wrong.
+    A clip whose header cannot be read counts as 0 s: decoding it will say what is wrong.
     """
-    known = _seconds_by_table(clips)
-    rest = dict.fromkeys(clip.audio for clip in clips if clip.audio not in known)
-    failures = (sf.SoundFileError, RuntimeError)
-    known |= files.remembered("seconds-held", [*rest], recording.seconds, failures)
+    known, failures = _seconds_by_table(clips), (sf.SoundFileError, RuntimeError)
+    rest = {clip.audio: clip.meta for clip in clips if clip.audio not in known}
+    rows = [name for name in rest if parquet.is_row(name)]
+    known |= {name: said for name in rows if (said := parquet.seconds_said(rest[name]))}
+    rows = [name for name in rows if name not in known]
+    tables = sorted({parquet.row_of(name)[0] for name in rows})
+    held = files.remembered("seconds-in-tables", tables, recording.seconds_in, failures)
+    for name in rows:
+        file, row = parquet.row_of(name)
+        known[name] = held[file][row] if held[file] else 0.0
+    rest = [name for name in rest if name not in known]
+    known |= files.remembered("seconds-held", rest, recording.seconds, failures)
     return [known[clip.audio] for clip in clips]
 
 
@@ -194,7 +211,7 @@ class Corpus:
 
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
-        text = "".join(f"{clip.audio}\t{clip.text}\n" for clip in self.clips)
+        text = "".join(f"{parquet.known_as(c.audio)}\t{c.text}\n" for c in self.clips)
         content = text.encode("utf-8", "surrogatepass")  # a file's name need not be UTF-8
         return {"clips": len(self.clips), "crc32": zlib.crc32(content)}
 
@@ -384,7 +401,7 @@ def describe(clips: list[Clip], lengths: list[int], corpus: Corpus, batch_size: 
     ]
     if silent := [clip.audio for clip, s in zip(clips, seconds, strict=True) if not s]:
         lines.append(f"no header   {len(silent)}, first {silent[0]}: they will count for nothing")
-    for name in ("accents", "speaker", "client_id"):
+    for name in ("accents", "accent", "speaker", "speaker_id", "client_id"):
         counts = collections.Counter(clip.meta[name] for clip in clips if name in clip.meta)
         if counts:
             most = ", ".join(f"{key} {n}" for key, n in counts.most_common(8))
@@ -401,23 +418,26 @@ def main(
     llm: str = "toy/llama",
     queries: int | None = None,
     batch_size: int = 16,
+    text_column: str | None = None,
 ) -> None:
     """Print what a corpus holds, and what of it a training run would leave out.
 
     Args:
-        path: a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+        path: a Common Voice folder, a LibriSpeech folder, a JSONL manifest, or parquet: its folder
+            or its id on the Hub, owner/name or owner/name/config.
         split: which split of it.
         whisper: folder or repo id of the speech model, whose window clips must fit.
         llm: folder or repo id of the text model, whose tokens are counted.
         queries: the most tokens a transcript may have; None: the positions of Whisper's decoder.
         batch_size: clips in the batch that is shown.
+        text_column: where parquet has the transcripts; None: text, sentence, transcription, ...
     """
     import weights  # the models' sizes and tokens are told in the chapters before
     from llama import Chat
     from whisper import WhisperConfig
 
     sizes, chat = weights.read_config(WhisperConfig, weights.resolve(whisper)), Chat.load(llm)
-    clips = read_clips(path, split)
+    clips = read_clips(path, split, text_column)
     lengths = [len(row) for row in _tokens(clips, chat.encode_batch)]
     most = queries or sizes.max_target_positions
     corpus = prepare(clips, chat.encode_batch, sizes.window_samples, most)

@@ -246,7 +246,7 @@ def compile_for(config: Config) -> compiling.SliceProgram:
 def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
     """The clips, prefix and suffix of the template, and FLOPs of one clip. The folder notes what
     run it is when all is known to be right that can be without weights. Raises ValueError."""
-    clips = data.read_clips(config.data, config.split)
+    clips = data.read_clips(config.data, config.split, config.text_column)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
     asr = connector.hearing(asr, config.window)
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))

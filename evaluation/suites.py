@@ -8,17 +8,16 @@
     mustard, ur_funny    sarcasm, humour       Yes or No
     manifest             anyone's own task     JSONL
 
-Every reader takes the layout in which the set is published. What cannot be asked (a question
-without an answer, an emotion outside the task) is left out and counted in a warning; a clip whose
-audio is missing stays in the list, so that it counts as wrong instead of making the set easier.
+Every reader takes the published layout. What cannot be asked (a question without an answer, an
+emotion outside the task) is left out and counted; a clip whose audio is missing counts as wrong.
 
-Reads: unpack.py.   Read next: tasks.py.
+Reads: unpack.py, runtime/parquet.py.   Read next: tasks.py.
 """
 
-import codecs
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import re
@@ -29,15 +28,18 @@ from typing import Any
 import numpy as np
 
 from evaluation.unpack import (
+    CP1252,
     find,
+    labelled,
     present,
     read_pickle,
     references,
     tydi_references,
     unpacked,
     wavs,
+    words,
 )
-from runtime import files
+from runtime import files, parquet
 
 DIALECTS = tuple("aus gbr ind_n ind_s irl kenya nga nzl phl usa zaf".split())  # SD-QA's folders
 PAPER_LANGUAGES = ("ar", "zh-CN", "de", "id", "ja", "ta", "tr")  # of the paper's chart, out of 15
@@ -46,6 +48,7 @@ MELD_VIDEOS = {"train": "train_splits", "dev": "dev_splits_complete"}
 MELD_VIDEOS["test"] = "output_repeated_splits_test"
 MELD_DEFECTS = {("train", "dia125_utt3"), ("dev", "dia110_utt7")}  # corrupt; not in the archive
 IEMOCAP_LABELS = {"ang": "Anger", "hap": "Happiness", "neu": "Neutral", "sad": "Sadness"}
+NO_YES = ("No", "Yes")  # what 0 and 1 mean
 IEMOCAP_VOTE = re.compile(r"\[[\d.]+ - [\d.]+\]\t(\w+)\t(\w+)\t\[")  # times, turn, what most heard
 IEMOCAP_TURN = re.compile(r"^(\w+) \[[^\]]*\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 
@@ -121,7 +124,7 @@ def read_heysquad(
     The clips inside are written to `unpack` (default: folder/unpacked) once.
     """
     into = Path(unpack or folder / "unpacked") / split
-    for row in files.parquet(folder, split, "id audio question answers is_impossible".split()):
+    for _, row in parquet.table(folder, split, "id audio question answers is_impossible".split()):
         key, answers = str(row["id"]), references(row["answers"])
         if row["is_impossible"] or not answers:
             yield key, "impossible" if row["is_impossible"] else "without an answer"
@@ -142,7 +145,7 @@ def read_sd_qa(folder: Path, split: str = "dev", unpack: str | Path | None = Non
     if not (folder / "data").is_dir():
         files.there(folder / f"{split}/eng or data")
     into = Path(unpack or folder / "unpacked") / split
-    for row in files.parquet(folder, split, ["id", "question", "answers", *DIALECTS]):
+    for _, row in parquet.table(folder, split, ["id", "question", "answers", *DIALECTS]):
         for dialect in DIALECTS:
             key, question = f"{dialect}/{row['id']}", (row["question"] or "").strip()
             if answers := references(row["answers"]):
@@ -219,18 +222,16 @@ def read_covost(
 # Labels
 
 
-# Older copies of MELD hold cp1252: as bytes, or as code points that are not to be printed.
-codecs.register_error("cp1252", lambda e: (e.object[e.start : e.end].decode("cp1252"), e.end))
-CP1252 = {code: bytes([code]).decode("cp1252") for code in b"\x85\x91\x92\x93\x94\x96\x97"}
-CP1252[0xA0] = " "
-
-
 @reader
 def read_meld(folder: Path, split: str = "test", audio: str | Path | None = None) -> Rows:
     """MELD: SPLIT_sent_emo.csv and a folder of diaD_uttU.wav; 2,610 clips to test.
 
     `audio` is by default where MELD.Raw has the split's videos; the same names recur in each split.
+    A copy in parquet has `audio` and `label`; there `audio` is where the clips are written to.
     """
+    if parquet.shards(folder, split):
+        yield from itertools.starmap(Example, labelled(folder, split, MELD_LABELS, audio))
+        return
     file = files.there(folder / f"{split}_sent_emo.csv")
     sounds = wavs(Path(audio or folder / MELD_VIDEOS.get(split, split)))
     columns = ["Utterance", "Emotion", "Dialogue_ID", "Utterance_ID"]
@@ -255,8 +256,15 @@ def read_iemocap(folder: Path, merge_excited: bool = True) -> Rows:
 
     `merge_excited` counts excitement as happiness, as is usual with four classes. The authors
     scored a ready-made copy with these four and do not say what became of excitement: the default
-    follows the usage. Without it 4,490 turns are left.
+    follows the usage. Without it 4,490 turns are left. In that copy, parquet with `audio` and
+    `label`, each session is a split.
     """
+    copied = [n for n in range(1, 6) if parquet.shards(folder, f"session{n}")]
+    for n in copied:
+        for found in labelled(folder, f"session{n}", tuple(IEMOCAP_LABELS.values())):
+            yield Example(*found[:-1], group=f"Session{n}")
+    if copied:
+        return
     label_of = IEMOCAP_LABELS | ({"exc": "Happiness"} if merge_excited else {})
     for session in present(folder, [f"Session{n}" for n in range(1, 6)]):
         home = folder / session
@@ -285,7 +293,12 @@ def read_mustard(folder: Path, audio: str | Path | None = None) -> Rows:
     """MUStARD: sarcasm_data.json and a folder of ID.wav; 690 clips. Groups are the shows.
 
     The authors scored a random fifth of them, and of that only the sarcastic clips; this is all.
+    Their own copy is parquet: `audio`, `sarcasm`, `utterance` and `show`.
     """
+    if parquet.shards(folder, "train"):
+        columns = ("sarcasm", "utterance", "show")
+        yield from itertools.starmap(Example, labelled(folder, "train", NO_YES, audio, *columns))
+        return
     file = find(folder, "data/sarcasm_data.json", "sarcasm_data.json")
     sounds = wavs(Path(audio or find(folder, "**/utterances_final")))
     for key, entry in files.read_json(file).items():
@@ -304,8 +317,12 @@ def read_mustard(folder: Path, audio: str | Path | None = None) -> Rows:
 def read_ur_funny(folder: Path, split: str = "test", audio: str | Path | None = None) -> Rows:
     """UR-FUNNY 2: three pickles and a folder of ID.wav (default: urfunny2_videos).
 
-    A segment is a punchline after its context: the text is both.
+    A segment is a punchline after its context: the text is both. The authors' copy in parquet has
+    `audio` and `label`.
     """
+    if parquet.shards(folder, split):
+        yield from itertools.starmap(Example, labelled(folder, split, NO_YES, audio))
+        return
     sounds = wavs(Path(audio or folder / "urfunny2_videos"))
     folds = read_pickle(find(folder, "data_folds.pkl"))
     said = read_pickle(find(folder, "language_sdk.pkl", "langauge_sdk.pkl"))  # as its README spells
@@ -321,14 +338,7 @@ def read_ur_funny(folder: Path, split: str = "test", audio: str | Path | None = 
             )
         segment, answer = said.get(key, {}), "Yes" if label else "No"
         parts = [segment.get("context_sentences", ""), segment.get("punchline_sentence", "")]
-        yield Example(str(key), str(sounds / f"{key}.wav"), _words(parts), (answer,))
-
-
-def _words(part: Any) -> str:
-    """A sentence, or sentences or words nested in lists, as one text."""
-    if isinstance(part, str):
-        return part.strip()
-    return " ".join(filter(None, map(_words, part or ())))
+        yield Example(str(key), str(sounds / f"{key}.wav"), words(parts), (answer,))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,23 +1,29 @@
 """Unpack: what published sets are made of. Files to be found, videos, clips inside tables, pickles.
 
-Reads: runtime/files.py.   Read next: suites.py.
+Reads: runtime/files.py, runtime/parquet.py.   Read next: suites.py.
 """
 
+import codecs
 import logging
 import os
 import pickle
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime import files
+from runtime import files, parquet
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"}
+
+# Older copies of MELD hold cp1252: as bytes, or as code points that are not to be printed.
+codecs.register_error("cp1252", lambda e: (e.object[e.start : e.end].decode("cp1252"), e.end))
+CP1252 = {code: bytes([code]).decode("cp1252") for code in b"\x85\x91\x92\x93\x94\x96\x97"}
+CP1252[0xA0] = " "
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +77,45 @@ def unpacked(sound: dict[str, Any] | None, folder: Path, name: str) -> str:
         with files.whole(file) as partial:
             partial.write_bytes(content)
     return str(file)
+
+
+def labelled(
+    folder: Path,
+    split: str,
+    labels: Sequence[str],
+    into: str | Path | None = None,
+    column: str = "label",
+    text: str | None = None,
+    group: str | None = None,
+) -> Iterator[tuple[str, str, str, tuple[str], str]]:
+    """(id, audio, text, answers, group) of each row of a copy in parquet, in the columns `audio`,
+    `column`, `text` and `group`; its clips are written to `into` (default: folder/unpacked) once.
+
+    A class is a number in the order of `labels`, or a name that begins like one of them. The id is
+    the name of the recording.
+    """
+    known = {label[:3].lower(): label for label in labels}
+    known |= {str(number): label for number, label in enumerate(labels)}
+    columns = ["audio", column, *filter(None, (text, group))]
+    for number, (where, row) in enumerate(parquet.table(folder, split, columns)):
+        said = int(row[column]) if isinstance(row[column], bool) else row[column]
+        if not (label := known.get(str(said)[:3].lower())):
+            raise ValueError(
+                f"{where}: {column} is {row[column]!r}; expected one of {', '.join(labels)}, or "
+                "its number. Download the set again."
+            )
+        stem = Path((row["audio"] or {}).get("path") or f"{split}-{number}").stem
+        key = re.sub(r"[^\w.-]", "_", stem)
+        audio = unpacked(row["audio"], Path(into or folder / "unpacked") / split, key)
+        spoken, part = (str(row[name] or "") if name else "" for name in (text, group))
+        yield key, audio, spoken.strip(), (label,), part
+
+
+def words(part: Any) -> str:
+    """A sentence, or sentences or words nested in lists, as one text."""
+    if isinstance(part, str):
+        return part.strip()
+    return " ".join(filter(None, map(words, part or ())))
 
 
 # ---------------------------------------------------------------------------------------------

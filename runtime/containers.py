@@ -18,7 +18,7 @@ Reads: nothing of ours.   Read next: recording.py.
 import functools
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from io import BufferedIOBase
 
 FORMATS = "MP3", "FLAC", "OGG", "WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "NIST"
 OPEN = 0x7FFF0000  # bytes: a pipe's header says 0, or 2^31 or 2^32 less a little
@@ -227,15 +227,14 @@ def mp3_count(content: bytearray, at: int) -> int | None:
     return tag + 8 if len(content) > tag + 12 and content[tag + 7] & 1 else None
 
 
-def uncounted(file: Path) -> int | None:
+def uncounted(stream: BufferedIOBase) -> int | None:
     """Samples of an MP3 by its frames, if no Xing frame counts them; libsndfile would guess."""
-    with file.open("rb") as stream:
-        content = bytearray(stream.read(1 << 16))
-        if (at := _id3_length(content)) + 64 > len(content):  # behind a picture
-            content += stream.read()
-        if mp3_count(content, at):
-            return None
+    content = bytearray(stream.read(1 << 16))
+    if (at := _id3_length(content)) + 64 > len(content):  # behind a picture
         content += stream.read()
+    if mp3_count(content, at):
+        return None
+    content += stream.read()
     return sum(samples for _, _, samples, _ in mp3_frames(content, at))
 
 

@@ -210,39 +210,6 @@ def left_out(rows: Sequence[tuple[str, str]]) -> str:
     return f"{', '.join(f'{n} {why}' for why, n in counts.items())}; first {first}"
 
 
-def parquet(folder: Path, split: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of data/SPLIT-*.parquet, all shards of them. Raises ValueError that names the file.
-
-    pyarrow is needed here alone, and only here imported.
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{folder}: parquet needs pyarrow, which is not installed. Run pip install pyarrow, "
-            "or install this project with its extra: pip install '.[eval]'"
-        ) from error
-    files = sorted((folder / "data").glob(f"{split}-*.parquet"))
-    shards = [int(file.stem.partition("-of-")[2][:5] or 1) for file in files]
-    if not files or {*shards} != {len(files)}:
-        raise FileNotFoundError(
-            f"{folder}/data/{split}-*.parquet: {len(files)} files of {max(shards, default='any')}; "
-            "expected all shards of one revision. Check the split, or download them again."
-        )
-    for file in files:
-        try:
-            content = pq.ParquetFile(file)
-            if absent := [name for name in columns if name not in content.schema_arrow.names]:
-                raise ValueError(f"no column {' or '.join(absent)}")
-            for batch in content.iter_batches(batch_size=32, columns=columns):  # audio is large
-                yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ValueError(
-                f"{file}: {error}; expected parquet with {', '.join(columns)}. Download it again."
-            ) from error
-
-
 # ---------------------------------------------------------------------------------- what lists name
 
 
@@ -320,10 +287,10 @@ def cache_folder() -> Path:
 
 
 def remembered(
-    name: str, files: Sequence[str], measure: Callable[[str], float], failures: tuple[type, ...]
-) -> dict[str, float]:
-    """{file: measure(file)}, 0 where that raises one of `failures`; each is measured once in its
-    life.
+    name: str, files: Sequence[str], measure: Callable[[str], Any], failures: tuple[type, ...]
+) -> dict[str, Any]:
+    """{file: measure(file)}, which JSON can hold, 0 where that raises one of `failures`; each is
+    measured once in its life.
 
     It is kept in one small file of the cache for each folder, {"BYTES NANOSECONDS FILE": value}: a
     file of another size or time of change is measured again.
@@ -337,7 +304,7 @@ def remembered(
     except (OSError, EOFError, ValueError, zlib.error):  # not there yet, or damaged
         kept = {}
 
-    def look(file: str) -> tuple[str, float]:
+    def look(file: str) -> tuple[str, Any]:
         try:
             stat = os.stat(file)
             key = f"{stat.st_size} {stat.st_mtime_ns} {file}"

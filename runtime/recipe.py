@@ -21,9 +21,10 @@ class Recipe:
 
     whisper: str = "toy/whisper"  # Speech model: a folder or a Hugging Face repo id.
     llm: str = "toy/llama"  # Text model, teacher and student alike: a folder or a repo id.
-    # Clips: a Common Voice folder, a LibriSpeech folder or a JSONL manifest.
+    # Clips: Common Voice, LibriSpeech, JSONL, or parquet: a folder, or OWNER/NAME[/CONFIG] (Hub).
     data: str = "toy/common_voice/en"
     split: str = "train"  # Which split of it to train on.
+    text_column: str | None = None  # Where parquet has the transcripts; None: text, sentence, ...
     # Virtual tokens per clip; None: as many as the Whisper decoder has positions.
     queries: int | None = None
     # Seconds that are heard, if less than the Whisper can; longer clips are left out.

@@ -4,7 +4,7 @@ A header's length is a hint: joined MP3s carry that of the first, a pipe leaves 
 breaks off. The decoder believes it, so it is put right, or the file refused, before one listens.
 
 Axes: B batch, S audio samples.
-Reads: containers.py.   Read next: sharding.py.
+Reads: containers.py, parquet.py.   Read next: sharding.py.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import soundfile as sf
 from jaxtyping import Float, Float32
 
-from runtime import containers
+from runtime import containers, parquet
 
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed
@@ -40,28 +40,34 @@ class _Forward(sf.SoundFile):
 
 
 def load(path: str | Path, longest: float = math.inf, limit: str = "") -> Float32[np.ndarray, "S"]:
-    """Decode a file to 16 kHz mono, full scale at 1; any rate and channel count, and all of it.
+    """Decode a file, or a row of a table in parquet, to 16 kHz mono, full scale at 1; any rate and
+    channel count, and all of it.
 
     Raises FileNotFoundError, or ValueError for what is unreadable, empty, not finite, out of scale,
     not as long as its header says, or longer than `longest` seconds (`limit` says why that); of
     such a file no more is decoded.
     """
-    path = Path(path)
+    sound = parquet.sound(str(path)) if parquet.is_row(path) else Path(path)
+    return _load(path, sound, longest, limit or f"the model's window of {longest:g} s")
+
+
+def _load(
+    name: str | Path, sound: str | Path | bytes, longest: float, limit: str
+) -> Float32[np.ndarray, "S"]:
     try:
-        content, limit = _content(path), limit or f"the model's window of {longest:g} s"
-        heard = []
+        content, heard = sound if isinstance(sound, bytes) else _content(Path(sound)), []
         for part in containers.parts(content):
             promised, room = containers.mend(part), longest - sum(map(len, heard)) / SAMPLE_RATE
-            with _opened(path, part if part != content else None) as file:
+            with _readable(sound if part == content else part) as it, _Forward(it) as file:
                 heard.append(_resampled(*_decode(file, promised, room, limit)))
     except (sf.SoundFileError, RuntimeError, TypeError) as error:  # TypeError: raw samples
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
         raise ValueError(
-            f"{path}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
+            f"{name}: not audio that can be decoded ({reason}); expected MP3, FLAC, Ogg or WAV. "
             "Convert or remove the file."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     return np.concatenate(heard)
 
 
@@ -84,21 +90,18 @@ def _content(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, mended: bytearray | None) -> Iterator[_Forward]:
-    """The file itself, unless it had to be mended or parted."""
-    if mended is None:
-        with _Forward(path) as file:
-            yield file
-    elif mended[:1] == b"\xff" or mended[:3] == b"ID3":
-        # libsndfile 1.2 cannot read MP3 from memory: it looks for frames from the 13th byte on
+def _readable(sound: str | Path | bytes | bytearray) -> Iterator[str | Path | io.BytesIO]:
+    """What libsndfile reads: a file by its name; else what it holds, and of an MP3 a copy, since
+    libsndfile 1.2 looks in memory for frames from the 13th byte on."""
+    if not isinstance(sound, bytes | bytearray):
+        yield sound
+    elif sound[:1] == b"\xff" or sound[:3] == b"ID3":
         with tempfile.NamedTemporaryFile(suffix=".mp3") as copy:
-            copy.write(mended)
+            copy.write(sound)
             copy.flush()
-            with _Forward(copy.name) as file:
-                yield file
+            yield copy.name
     else:
-        with _Forward(io.BytesIO(mended)) as file:
-            yield file
+        yield io.BytesIO(sound)
 
 
 def _decode(
@@ -142,17 +145,33 @@ def _decode(
     return np.concatenate(parts), rate
 
 
-def seconds(path: str) -> float:
-    """How long a file is, without decoding it: by its header, unless that would be a guess.
+def seconds(sound: str | Path | bytes) -> float:
+    """How long a file is, or what one held, without decoding it: by its header, unless that would
+    be a guess.
 
     Raises what soundfile raises, OSError, or ValueError.
     """
-    info = sf.info(path)
-    if info.format == "MP3" and (samples := containers.uncounted(Path(path))):
-        return samples / info.samplerate
+    with _readable(sound) as it:
+        info = sf.info(it)
+    if info.format == "MP3":
+        with io.BytesIO(sound) if isinstance(sound, bytes) else open(sound, "rb") as stream:
+            if samples := containers.uncounted(stream):
+                return samples / info.samplerate
     if 0 < info.frames < UNTOLD * info.samplerate:
         return info.duration
-    return len(load(path)) / SAMPLE_RATE
+    return len(_load("", sound, math.inf, "")) / SAMPLE_RATE
+
+
+def seconds_in(table: str) -> list[float]:
+    """How long each row of a table in parquet is, read once from end to end; 0 where its header
+    does not say. Raises ValueError if it cannot be read."""
+    found = []
+    for name, row in parquet.rows(Path(table), ["audio"]):
+        try:
+            found.append(seconds(parquet.held(name, row["audio"])))
+        except (sf.SoundFileError, RuntimeError, OSError, ValueError):
+            found.append(0.0)
+    return found
 
 
 def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:

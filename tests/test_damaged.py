@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import universe
@@ -46,6 +48,9 @@ def whole(tmp_path_factory) -> Path:
         names = ("a.mp3", "b.flac", "c.ogg", "d.wav")
         rows = "".join(f"{name}\tone two {n}\tus\n" for n, name in enumerate(names))
         (root / "cv/train.tsv").write_text("path\tsentence\taccents\n" + rows)
+        sounds = [{"bytes": (root / "cv/clips" / n).read_bytes(), "path": n} for n in names]
+        table = pa.table({"audio": sounds, "text": ["one two"] * 4, "accent": [*"abca"]})
+        pq.write_table(table, root / "train.parquet", row_group_size=2)
         lines = [
             {"audio": f"cv/clips/{name}", "text": "one two", "answer": "red"} for name in names
         ]
@@ -88,6 +93,12 @@ WAYS: dict[str, tuple[Callable[[Path], object], int]] = {
     "cv/train.tsv": (
         lambda root: data.main(
             root / "cv", "train", str(root / "whisper"), str(root / "llama"), None, 2
+        ),
+        35,
+    ),
+    "train.parquet": (
+        lambda root: data.main(
+            root / "train.parquet", "train", str(root / "whisper"), str(root / "llama"), None, 2
         ),
         35,
     ),

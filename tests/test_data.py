@@ -215,7 +215,7 @@ def test_a_missing_split_is_refused_with_those_that_are_there(voice):
     refused(
         FileNotFoundError,
         partial(data.read_clips, voice, "trian"),
-        f"{voice}: no split 'trian': neither trian.tsv (Common Voice) nor *.trans.txt",
+        f"{voice}: no split 'trian': neither trian.tsv (Common Voice) nor parquet nor *.trans.txt",
         "found train. Check --data and --split",
     )
     (voice / "train.tsv").unlink()
@@ -254,6 +254,18 @@ def test_a_librispeech_split_gives_clips_texts_and_speakers(libri):
         assert clip.text == f"I'M {name}" and clip.meta == {"speaker": name.split("-")[0]}
         assert len(recording.load(clip.audio)) == RATE // 10
     assert data.read_clips(libri / "train-clean-100") == clips
+
+
+def test_a_list_all_in_capitals_is_lowered_and_no_other(tmp_path):
+    """A tokenizer cuts HELLO in pieces: where capitals tell nothing, they go."""
+    lines = [
+        '{"audio": "a.wav", "text": "ÄRGER AT 8 O\'CLOCK"}',
+        '{"audio": "b.wav", "text": "你好"}',
+    ]
+    file = write_lines(tmp_path / "list.jsonl", *lines)
+    assert [clip.text for clip in data.read_clips(file)] == ["ärger at 8 o'clock", "你好"]
+    write_lines(file, *lines, '{"audio": "c.wav", "text": "Yes"}')
+    assert [clip.text for clip in data.read_clips(file)] == ["ÄRGER AT 8 O'CLOCK", "你好", "Yes"]
 
 
 def test_another_split_does_not_stand_in_for_a_missing_one(libri):
@@ -370,7 +382,7 @@ def test_a_path_that_is_no_data_is_refused(tmp_path):
         FileNotFoundError,
         partial(data.read_clips, tmp_path / "nowhere"),
         f"{tmp_path / 'nowhere'}: no such file or folder; expected a Common Voice folder",
-        "LibriSpeech folder (*.trans.txt) or a JSONL manifest. Check --data",
+        "LibriSpeech folder (*.trans.txt), a folder of parquet, a JSONL manifest or the id of a",
     )
     empty = tmp_path / "list.jsonl"
     empty.write_text("\n")

@@ -56,8 +56,9 @@ def house() -> str:
 
 
 READING = [
-    *"runtime.command runtime.files runtime.containers runtime.recording runtime.sharding".split(),
-    *"runtime.attention runtime.settings runtime.template".split(),
+    *"runtime.command runtime.files runtime.containers runtime.parquet".split(),
+    *"runtime.recording runtime.sharding runtime.attention".split(),
+    *"runtime.settings runtime.template".split(),
     *"weights whisper llama generate connector distill_loss data".split(),
     *"runtime.recipe runtime.cost runtime.compiling runtime.record train".split(),
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),

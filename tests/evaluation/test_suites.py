@@ -178,17 +178,19 @@ def test_parquet_that_is_not_whole_is_refused_by_name(heysquad):
     read = partial(suites.read_heysquad, heysquad)
     file = heysquad / "data/validation-00000-of-00002.parquet"
     put(file, file.read_bytes()[:-9])
-    refused(ValueError, read, file, "expected parquet with id, audio, question")
+    refused(ValueError, read, file, "expected a table in parquet that is whole")
     shard(heysquad, [{"id": "a"}], pa.schema([("id", pa.string())]), file.name)
     refused(ValueError, read, file, "no column audio or question or answers or is_impossible")
     file.unlink()
     refused(FileNotFoundError, read, "1 files of 2; expected all shards", "Check the split")
-    refused(FileNotFoundError, partial(read, split="test"), "data/test-*.parquet: 0 files of any")
+    say = "data/test-*.parquet is missing; found data/train, data/validation. Check the path and"
+    refused(FileNotFoundError, partial(read, split="test"), say)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(heysquad, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(ValueError, partial(suites.read_heysquad, heysquad), "pip install pyarrow", heysquad)
+    say = "pip install '.[parquet]'"
+    refused(ValueError, partial(suites.read_heysquad, heysquad), say, heysquad)
 
 
 # --------------------------------------------------------------------------------------- SD-QA
@@ -884,6 +886,70 @@ def test_ur_funny_with_unknown_splits_or_labels_is_refused(ur_funny):
     refused(FileNotFoundError, partial(read, audio=ur_funny / "x"), ur_funny / "x/*.wav is missing")
     put(ur_funny / "videos/9548.mp4", b"\0")
     refused(ValueError, partial(read, audio=ur_funny / "videos"), "1 videos (9548.mp4", "ffmpeg")
+
+
+# ------------------------------------------------------------------------------------ their copies
+
+
+def copy(folder: Path, split: str, labels: list, kind: pa.DataType, names=(), **more) -> Path:
+    """As the Hub has it: `audio`, and `label` as `kind`, with or without names."""
+    column, texts = more.pop("column", "label"), dict.fromkeys(more, pa.string())
+    schema = pa.schema({"audio": SOUND, column: kind} | texts)
+    if names:
+        note = {"info": {"features": {column: {"names": [*names], "_type": "ClassLabel"}}}}
+        schema = schema.with_metadata({"huggingface": json.dumps(note)})
+    sounds = [
+        {"bytes": WAV + bytes([n]), "path": f"{split}/clip {n}.wav"} for n in range(len(labels))
+    ]
+    rows = [{"audio": sound, column: label} for sound, label in zip(sounds, labels, strict=True)]
+    rows = [row | {key: values[n] for key, values in more.items()} for n, row in enumerate(rows)]
+    return shard(folder, rows, schema, f"{split}-00000-of-00001-0123456789abcdef.parquet")
+
+
+EMOTIONS = "anger disgust fear joy neutral sadness surprise".split()
+
+
+@pytest.mark.parametrize("names", [(), EMOTIONS, EMOTIONS[::-1]])
+def test_a_copy_of_meld_in_parquet_has_numbers_for_emotions(tmp_path, names, caplog):
+    """By the names that stand beside the schema, in any order; without, in the alphabet's."""
+    copy(tmp_path, "test", [0, 3, 6], pa.int64(), names)
+    copy(tmp_path, "train", [1], pa.int64())
+    found = suites.read_meld(tmp_path, audio=tmp_path / "clips")
+    order = [name.capitalize() for name in names or EMOTIONS]
+    assert [e.answers for e in found] == [(order[n],) for n in (0, 3, 6)]
+    assert [e.id for e in found] == ["clip_0", "clip_1", "clip_2"]
+    for n, e in enumerate(found):
+        assert Path(e.audio).read_bytes() == WAV + bytes([n])
+        assert Path(e.audio).parent == tmp_path / "clips/test" and e.text == ""
+    assert not caplog.records
+
+
+def test_a_copy_of_iemocap_in_parquet_has_a_split_for_each_session(tmp_path):
+    for n in (1, 5):
+        copy(tmp_path, f"session{n}", [0, 1, 2, 3], pa.int64(), ["ang", "hap", "neu", "sad"])
+    found = suites.read_iemocap(tmp_path)
+    assert [e.group for e in found] == ["Session1"] * 4 + ["Session5"] * 4
+    answers = [(label,) for label in ("Anger", "Happiness", "Neutral", "Sadness")]
+    assert [e.answers for e in found] == answers * 2 and len({e.id for e in found}) == 8
+
+
+def test_copies_of_yes_and_no_keep_the_class_0(tmp_path):
+    """As numbers or truth values; a show is a group."""
+    copy(tmp_path / "u", "test", [0, 1], pa.int64(), ["0", "1"])
+    assert [e.answers for e in suites.read_ur_funny(tmp_path / "u")] == [("No",), ("Yes",)]
+    more = {"utterance": [" It's a privilege. ", None], "show": ["BBT", "FRIENDS"]}
+    copy(tmp_path / "m", "train", [True, False], pa.bool_(), column="sarcasm", **more)
+    yes, no = suites.read_mustard(tmp_path / "m", audio=tmp_path / "clips")
+    assert (yes.answers, yes.text, yes.group) == (("Yes",), "It's a privilege.", "BBT")
+    assert (no.answers, no.text, no.group) == (("No",), "", "FRIENDS")
+    assert Path(yes.audio).parent == tmp_path / "clips/train"
+
+
+@pytest.mark.parametrize("label", [7, -1, None])
+def test_a_class_that_a_copy_does_not_explain_is_refused_with_its_row(tmp_path, label):
+    file = copy(tmp_path, "test", [0, label], pa.int64())
+    say = f"{file}, row 1: label is {label}; expected one of Anger, Disgust"
+    refused(ValueError, partial(suites.read_meld, tmp_path), say, "Download the set again")
 
 
 # -------------------------------------------------------------------------------------- manifest
