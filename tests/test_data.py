@@ -251,7 +251,7 @@ def test_a_librispeech_split_gives_clips_texts_and_speakers(libri):
     }  # fmt: skip
     for clip in clips:
         name = Path(clip.audio).stem
-        assert clip.text == f"I'M {name}" and clip.meta == {"speaker": name.split("-")[0]}
+        assert clip.text == f"i'm {name}" and clip.meta == {"speaker": name.split("-")[0]}
         assert len(recording.load(clip.audio)) == RATE // 10
     assert data.read_clips(libri / "train-clean-100") == clips
 

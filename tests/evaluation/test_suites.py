@@ -1064,7 +1064,7 @@ def test_every_suite_has_metrics_and_labels_where_it_chooses_among_them():
         "iemocap": (emotions, ("Anger", "Happiness", "Neutral", "Sadness")),
         "mustard": (two, ("Yes", "No")),
         "ur_funny": (two, ("Yes", "No")),
-        "manifest": ((), ()),
+        "manifest": (("contains", "f1", "exact_match", "wer"), ()),
     }
 
 

@@ -118,7 +118,7 @@ def test_published_columns_become_clips(tmp_path):
     sets = {
         "librispeech_asr": (
             {"file": "1.flac", "text": "IT IS", "speaker_id": 374, "chapter_id": 180298, "id": "a"},
-            ("IT IS", {"file": "1.flac", "speaker_id": "374", "chapter_id": "180298", "id": "a"}),
+            ("it is", {"file": "1.flac", "speaker_id": "374", "chapter_id": "180298", "id": "a"}),
         ),
         "peoples_speech": (
             {"id": "b.flac", "duration_ms": 14920, "text": "so it is"},
@@ -169,16 +169,16 @@ def test_published_columns_become_clips(tmp_path):
 def test_of_several_texts_the_first_usual_one_is_taken_and_the_choice_is_said(tmp_path, caplog):
     """Or the one that was asked for, without a word."""
     rows = [
-        row(0, "A", normalized_text="a", raw_text="A!"),
+        row(0, "Aa", normalized_text="a", raw_text="A!"),
         row(1, "B", normalized_text="b", raw_text=""),
     ]
     file = shard(tmp_path / "train.parquet", rows)
-    assert [clip.text for clip in data.read_clips(tmp_path)] == ["A", "B"]
+    assert [clip.text for clip in data.read_clips(tmp_path)] == ["Aa", "B"]
     said = "taken from text, not from raw_text, normalized_text: --text-column chooses"
     assert [r.getMessage() for r in caplog.records] == [f"{file}: the transcripts are {said}"]
     caplog.clear()
     clips = data.read_clips(tmp_path, text_column="normalized_text")
-    assert [clip.text for clip in clips] == ["a", "b"] and clips[0].meta["text"] == "A"
+    assert [clip.text for clip in clips] == ["a", "b"] and clips[0].meta["text"] == "Aa"
     assert not caplog.records
 
 
