@@ -9,6 +9,7 @@ half a group on average, a few rows at a time. In groups of 100 rows, as the Hub
 takes 3 ms for an MP3 of 44 kB (decoding it: 15 ms), 15 ms for a FLAC of 290 kB (decoding it: 7 ms);
 in groups of 1,000 ten times as long: such shards are to be written anew. Nothing is kept: of a
 million rows in any order the next is hardly ever near. In order, one core reads 600 MB a second.
+The names, texts and other columns of 1.1 million rows take 0.7 GiB, the footers of shards 0.1.
 
 Reads: files.py.   Read next: recording.py.
 """
