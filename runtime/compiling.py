@@ -31,11 +31,6 @@ from runtime import cost, sharding
 # ---------------------------------------------------------------------------- as little as fits
 
 
-def room_here() -> float:
-    """Bytes of memory of one device of this process; infinite where it does not say."""
-    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
-
-
 def fit(
     lower: Callable[[sharding.Recompute], Any], config: Any, mesh: Mesh, room: float, held: Any
 ) -> tuple[Any, sharding.Recompute]:
