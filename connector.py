@@ -335,7 +335,8 @@ def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -
 
     def look(best, start):
         """Further rows of the table: the distances to all at once could be tens of GB."""
-        some = jax.lax.dynamic_slice_in_dim(table, start, most).astype(jnp.float32)
+        some = jax.lax.dynamic_slice_in_dim(table, start, most)
+        some = sharding.gather_rows(some).astype(jnp.float32)
         # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
         far = jnp.square(some).sum(-1) - 2 * virtual.astype(jnp.float32) @ some.T
         found = far.min(-1), start + far.argmin(-1)
@@ -345,6 +346,20 @@ def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -
     starts = jnp.minimum(jnp.arange(0, rows, most), rows - most)
     none = jnp.full(virtual.shape[:2], jnp.inf), jnp.zeros(virtual.shape[:2], starts.dtype)
     return jax.lax.scan(look, none, starts)[0][1]
+
+
+@sharding.on_mesh
+@eqx.filter_jit
+def listen(diva: DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
+    """Virtual tokens, compiled."""
+    return diva.virtual_tokens(audio)
+
+
+@sharding.on_mesh
+@eqx.filter_jit
+def heard(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]:
+    """What the LLM hears: the tokens nearest to the virtual tokens, compiled."""
+    return nearest_tokens(virtual, llm.model.embed_tokens.weight)
 
 
 def main(
@@ -364,14 +379,16 @@ def main(
     asr_path, llm_path = references(model)
     # first: what cannot be heard is refused before weights are read
     sound = jnp.asarray(recording.load_window(clip, heard_by(model).window_samples))
-    trained = DiVA.load(model)
+    dtype = compute_dtype(jax.default_backend())
+    place = functools.partial(sharding.place, mesh=sharding.local_mesh(templates(model, dtype)))
+    trained = DiVA.load(model, dtype, place)
     queries = len(trained.connector.query_tokens)
-    asr = whisper.Whisper.load(asr_path)
-    untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
+    asr = whisper.Whisper.load(asr_path, dtype, place)
+    fresh = DiVA.create(asr, trained.llm, queries, jax.random.key(0)).connector
+    untrained = eqx.tree_at(lambda diva: diva.connector, trained, fresh)
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
-        virtual = eqx.filter_jit(diva.virtual_tokens)(sound)
-        ids = nearest_tokens(virtual, diva.llm.model.embed_tokens.weight)[0, -last:]
+        ids = heard(diva.llm, listen(diva, sound))[0, -last:]
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 
 
@@ -397,6 +414,18 @@ def references(path: str | Path) -> tuple[str, str]:
     return tuple(
         str(path) if path.is_dir() else config[key] for path, key in zip(beside, keys, strict=True)
     )
+
+
+def templates(path: str | Path, dtype) -> tuple[Any, Any, Any]:
+    """The shapes of what is loaded for a DiVA checkpoint: its Whisper, its Llama, its connector."""
+    folder = weights.resolve(path)
+    asr, llm = map(weights.resolve, references(folder))
+    published = (
+        whisper.Whisper.published(asr, dtype),
+        llama.Llama.published(llm, dtype),
+        DiVA.published(folder, dtype),
+    )
+    return tuple(one.template for one in published)
 
 
 def heard_by(path: str | Path) -> whisper.WhisperConfig:

@@ -16,6 +16,7 @@ Reads: weights.py, llama.py, generate.py, connector.py.   The last chapter.
 """
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -35,7 +36,7 @@ import connector
 import generate
 import llama
 import weights
-from runtime import command, files, recording
+from runtime import command, files, recording, sharding
 from runtime.recording import SAMPLE_RATE
 
 TOY = Path(__file__).parent / "toy"
@@ -81,14 +82,13 @@ class Reply:
 # The assistant
 
 
+@sharding.on_mesh
 @eqx.filter_jit
 def _embed(llm: llama.Llama, ids: Int[Array, "1 L"]) -> Float[Array, "1 L E"]:
     return llm.embed(ids)
 
 
 _put = jax.jit(generate.put, donate_argnames="embeds")
-_virtual_tokens = eqx.filter_jit(connector.DiVA.virtual_tokens)
-_nearest_tokens = jax.jit(connector.nearest_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Assistant:
         dtype = connector.compute_dtype(jax.default_backend())
         _, llm_path = connector.references(model)
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
-        return Assistant(connector.DiVA.load(model, dtype), llama.Chat.load(llm_path), toy)
+        mesh = sharding.local_mesh(connector.templates(model, dtype))
+        diva = connector.DiVA.load(model, dtype, functools.partial(sharding.place, mesh=mesh))
+        return Assistant(diva, llama.Chat.load(llm_path), toy)
 
     @property
     def window(self) -> float:
@@ -119,12 +121,11 @@ class Assistant:
         as in recording.windows. Raises ValueError or FileNotFoundError that names the file."""
         parts = recording.windows(clip, self.diva.window_samples, long, live, PIECES)
         rows = [jnp.asarray(part)[None] for part in parts]
-        return np.concatenate([np.asarray(_virtual_tokens(self.diva, row)[0]) for row in rows])
+        return np.concatenate([np.asarray(connector.listen(self.diva, row)[0]) for row in rows])
 
     def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
         """The text tokens nearest to the last virtual tokens: those stand for the words."""
-        table = self.diva.llm.model.embed_tokens.weight
-        ids = np.asarray(_nearest_tokens(jnp.asarray(virtual)[None], table))[0, -SHOWN:]
+        ids = np.asarray(connector.heard(self.diva.llm, jnp.asarray(virtual)[None]))[0, -SHOWN:]
         return " ".join(self.chat.decode(ids).split())
 
     def prompt(

@@ -15,7 +15,7 @@ Reads: whisper.py, llama.py, weights.py.   Read next: connector.py.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +28,14 @@ from tokenizers import Tokenizer
 
 import weights
 from llama import Chat, Llama
-from runtime import command, files, recording, settings
+from runtime import command, files, recording, settings, sharding
 from whisper import Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
 # The transcript of a Whisper, greedily
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("forced", "suppress", "begin_suppress", "max_length"))
 def greedy(
     model: Whisper,
@@ -55,8 +56,9 @@ def greedy(
     banned = np.where(np.isin(vocabulary, suppress), -np.inf, 0.0)
     banned_first = np.where(np.isin(vocabulary, begin_suppress), -np.inf, banned)
     banned, banned_first = jnp.asarray(banned, jnp.float32), jnp.asarray(banned_first, jnp.float32)
-    mel = log_mel(audio, model.config.num_mel_bins).astype(model.encoder.conv1.weight.dtype)
-    states = model.encoder(mel)
+    mel_of = functools.partial(log_mel, num_mel_bins=model.config.num_mel_bins)
+    mel = sharding.on_own_clips(mel_of, audio)
+    states = model.encoder(mel.astype(model.encoder.conv1.weight.dtype))
 
     def body(state):
         position, tokens, done, cache = state
@@ -172,12 +174,17 @@ class Transcriber:
     rules: dict[str, Any]
 
     @staticmethod
-    def load(path: str | Path, language: str = "en", dtype=jnp.float32) -> "Transcriber":
+    def load(
+        path: str | Path,
+        language: str = "en",
+        dtype=jnp.float32,
+        place: Callable = lambda template: template,
+    ) -> "Transcriber":
         """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
         tokenizer, config = settings.tokenizer(folder), weights.read_config(WhisperConfig, folder)
         rules = decoding_rules(folder, config, language)  # refused before weights are read
-        return Transcriber(Whisper.load(folder, dtype), tokenizer, rules)
+        return Transcriber(Whisper.load(folder, dtype, place), tokenizer, rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""
@@ -192,7 +199,7 @@ def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[s
     folder = weights.resolve(model)
     window = weights.read_config(WhisperConfig, folder).window_samples
     parts = recording.windows(clip, window, long)
-    asr = Transcriber.load(folder, language)
+    asr = Transcriber.load(folder, language, place=sharding.place_local)
     for part in parts:
         yield asr(jnp.asarray(part)[None])[0]
 
@@ -219,6 +226,7 @@ def choose(
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
 
 
+@sharding.on_mesh
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p"))
 def generate(
     llm: Llama,
@@ -282,9 +290,10 @@ def stream(
         yield token
 
 
-_prefill = jax.jit(Llama.prefill, static_argnames="room")
+_prefill = sharding.on_mesh(jax.jit(Llama.prefill, static_argnames="room"))
 
 
+@sharding.on_mesh
 @functools.partial(
     jax.jit, static_argnames=("temperature", "top_p"), donate_argnames=("hidden", "cache")
 )
@@ -309,7 +318,7 @@ def put(
 ) -> Float[Array, "B L E"]:
     """Prompts with the virtual tokens written over the holes that begin at `starts`."""
     write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-    return write(embeds, virtual.astype(embeds.dtype), starts)
+    return sharding.on_own_clips(write, embeds, virtual.astype(embeds.dtype), starts)
 
 
 def text_pieces(chat: Chat, tokens: Iterator[int]) -> Iterator[str]:
@@ -368,7 +377,10 @@ def main(
         system: instruction in the system turn.
         max_new_tokens: the answer stops here at the latest.
     """
-    chat, llm = Chat.load(model), Llama.load(model)
+    import connector  # which dtype to compute in is said in the next chapter
+
+    chat, dtype = Chat.load(model), connector.compute_dtype(jax.default_backend())
+    llm = Llama.load(model, dtype, sharding.place_local)
     ids = prompt_ids(llm, chat, question, system, max_new_tokens)
     embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
     hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)

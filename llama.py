@@ -135,12 +135,22 @@ class Attention(eqx.Module):
         if cache is None:
             heard = attention.attend(queries, keys, values, causal=True)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
-        positions, cached_keys, cached_values = cache
-        rows = jnp.arange(x.shape[0])
-        keys = cached_keys.at[rows, :, positions].set(keys[:, 0])
-        values = cached_values.at[rows, :, positions].set(values[:, 0])
+        positions, *cached = cache
+        queries, *new = sharding.to_clips((queries, keys, values))
+        keys, values = (
+            sharding.on_own_clips(write, old, fresh[:, 0], positions)
+            for old, fresh in zip(cached, new, strict=True)
+        )
         heard = attention.attend_one(queries[:, 0], keys, values, seen)
-        return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
+        heard = sharding.to_weights(heard.reshape(*x.shape[:2], -1))
+        return self.o_proj(heard), (keys, values)
+
+
+def write(
+    cache: Float[Array, "B G C K"], new: Float[Array, "B G K"], positions: Int[Array, "B"]
+) -> Float[Array, "B G C K"]:
+    """The cache with each row's new keys, or values, at its own position."""
+    return cache.at[jnp.arange(len(cache)), :, positions].set(new)
 
 
 class MLP(eqx.Module):
@@ -218,12 +228,16 @@ class Llama(eqx.Module):
     ) -> tuple[Float[Array, "B E"], Cache]:
         """The hidden state at each row's last position, and a cache with `room` positions more."""
         angles = self.angles(jnp.arange(embeds.shape[1])[None])
-        x, cache = jax.lax.scan(lambda x, m: m(x, angles), embeds, self.model.layers)
+
+        def layer(x, module):
+            return sharding.by_clip(sharding.gather(module, x.dtype)(x, angles))
+
+        x, cache = jax.lax.scan(layer, sharding.by_clip(embeds), self.model.layers)
         cache = jax.tree.map(
             lambda kv: jnp.pad(kv.swapaxes(2, 3), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))),
             cache,
         )
-        last = x[jnp.arange(len(x)), lengths - 1]
+        last = sharding.on_own_clips(lambda x, n: x[jnp.arange(len(x)), n - 1], x, lengths)
         return self.model.norm(last), cache
 
     def step(
@@ -235,9 +249,11 @@ class Llama(eqx.Module):
 
         def layer(x, module_and_cache):
             module, (keys, values) = module_and_cache
-            return module(x, angles, (positions, keys, values), seen)
+            x, keys_values = module(x, angles, (positions, keys, values), seen)
+            return sharding.to_weights(x), keys_values
 
-        x, cache = jax.lax.scan(layer, self.embed(ids[:, None]), (self.model.layers, cache))
+        x = sharding.to_weights(self.embed(ids[:, None]))
+        x, cache = jax.lax.scan(layer, x, (self.model.layers, cache))
         return self.model.norm(x[:, 0]), cache
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
@@ -391,10 +407,12 @@ def main(
         system: instruction in the system turn.
         max_new_tokens: the answer stops here at the latest.
     """
-    import generate  # what writes word after word is the next chapter
+    import connector  # what writes word after word is the next chapter
+    import generate
 
-    chat = Chat.load(model)
-    for piece in generate.answer(Llama.load(model), chat, question, system, max_new_tokens):
+    chat, dtype = Chat.load(model), connector.compute_dtype(jax.default_backend())
+    llm = Llama.load(model, dtype, sharding.place_local)
+    for piece in generate.answer(llm, chat, question, system, max_new_tokens):
         print(piece, end="", flush=True)
     print()
 

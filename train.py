@@ -281,7 +281,7 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Froz
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
-    compiled, recompute = compile_step(config, mesh, compiling.room_here(), state, batch)
+    compiled, recompute = compile_step(config, mesh, sharding.room_here(), state, batch)
     seconds = time.perf_counter() - began
     if jax.process_index() == 0:
         took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)

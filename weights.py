@@ -81,7 +81,7 @@ class Embedding(eqx.Module):
 def logits(hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
     """hidden table^T, in f32. Contracted as they lie: for one row JAX 0.12 would take twice the
     time on a CPU to turn a table of 49,152 rows around than to answer with it."""
-    table = table.astype(hidden.dtype)
+    table, hidden = table.astype(hidden.dtype), sharding.to_weights(hidden)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 

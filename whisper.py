@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import weights
 from runtime import attention, command, settings, sharding
@@ -172,16 +172,12 @@ class Attention(eqx.Module):
         heard = attention.attend(queries, keys, values, causal)
         return self.out_proj(heard.reshape(x.shape))
 
-    def attend_one(
-        self,
-        x: Float[Array, "B 1 D"],
-        keys: Float[Array, "B H T K"],
-        values: Float[Array, "B H T K"],
-        seen: Bool[Array, "1 T"] | None = None,
-    ) -> Float[Array, "B 1 D"]:
-        """The same for one position, over a cache that is kept head by head."""
-        heard = attention.attend_one(self.split(self.q_proj(x))[:, 0], keys, values, seen)
-        return self.out_proj(heard.reshape(x.shape))
+    def attend_one(self, x, keys, values, seen=None):
+        """The same for one position, x [B, 1, D], over a cache [B, H, T, K] that is kept head by
+        head, or over what of it is `seen` [1, T]."""
+        queries = sharding.to_clips(self.split(self.q_proj(x))[:, 0])
+        heard = attention.attend_one(queries, keys, values, seen).reshape(x.shape)
+        return self.out_proj(sharding.to_weights(heard))
 
     def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
         return self.attend(x, *self.keys_values(x), causal=causal)
@@ -223,7 +219,7 @@ class DecoderLayer(eqx.Module):
         """One token [B, 1, D] at `position`, with this layer's cache; returns x and what of the
         cache has changed."""
         normal = self.self_attn_layer_norm(x)
-        new = by_head(self.self_attn.keys_values(normal))
+        new = sharding.to_clips(by_head(self.self_attn.keys_values(normal)))
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 2)
             for old, fresh in zip(cache["self"], new, strict=True)
@@ -231,7 +227,7 @@ class DecoderLayer(eqx.Module):
         seen = jnp.arange(keys.shape[2])[None] <= position
         x = x + self.self_attn.attend_one(normal, keys, values, seen)
         x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cache["cross"])
-        return self.think(x), (keys, values)
+        return sharding.to_weights(self.think(x)), (keys, values)
 
     def think(self, x):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
@@ -298,7 +294,7 @@ class Decoder(eqx.Module):
 
     def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Token embeddings, without positions, and never scaled: see settings.WHISPER."""
-        return self.embed_tokens.weight[ids]
+        return sharding.lookup(self.embed_tokens.weight, ids)
 
     def __call__(
         self,
@@ -318,15 +314,19 @@ class Decoder(eqx.Module):
 
     def empty_cache(self, states: Float[Array, "B T D"], length: int):
         """Cross-attention keys and values of every layer, and room for `length` tokens."""
-        cross = jax.vmap(lambda layer: layer.encoder_attn.keys_values(states))(self.layers)
-        cross = by_head(cross)
+
+        def cross_of(_, layer):
+            module = sharding.gather(layer.encoder_attn, states.dtype)
+            return None, sharding.by_clip(by_head(module.keys_values(states)))
+
+        cross = jax.lax.scan(cross_of, None, self.layers)[1]
         keys = cross[0]  # [N, B, H, T, K]
         room = jnp.zeros((*keys.shape[:3], length, keys.shape[4]), keys.dtype)
         return {"self": (room, room), "cross": cross}
 
     def step(self, ids: Int[Array, "B"], cache, position: Int[Array, ""]):
         """Logits [B, V] after one more token at `position`, and the cache with it."""
-        x = self.embed(ids[:, None])
+        x = sharding.to_weights(self.embed(ids[:, None]))
         x = x + self.embed_positions.weight[position].astype(x.dtype)
 
         def layer(x, layer_and_cache):

@@ -96,7 +96,7 @@ def step(
     attention.IMPLEMENTATION = implementation
     asr = cost.sizes_of(whisper.WhisperConfig, whisper_name)
     llm = cost.sizes_of(llama.LlamaConfig, llm_name)
-    device, room = jax.devices()[0], compiling.room_here()
+    device, room = jax.devices()[0], sharding.room_here()
     preset = dataclasses.replace(recipe.PRESETS["diva-8b"], response_loss=loss, dtype="bfloat16")
     for size in (size for size in BATCHES if size <= most):
         config = dataclasses.replace(preset, batch_size=size)

@@ -17,6 +17,7 @@ Reads: connector.py, whisper.py, llama.py, data.py.   Read next: metrics.py.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import connector
 import generate
 import llama
-from runtime import recording
+from runtime import recording, sharding
 
 SYSTEMS = ("untrained", "diva", "cascade", "text")
 ROUND = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -69,14 +70,19 @@ class Models:
     connectors: dict[str, connector.Connector]  # of the systems that answer from virtual tokens
     asr: generate.Transcriber
     chat: llama.Chat
+    devices: int = 1  # among which the clips of a batch are shared
 
     @staticmethod
     def load(folder: Path) -> "Models":
-        """float32 on a CPU, bfloat16 elsewhere."""
+        """float32 on a CPU, bfloat16 elsewhere; on all devices of this process."""
         dtype = connector.compute_dtype(jax.default_backend())
         asr_path, llm_path = connector.references(folder)
-        diva = connector.DiVA.load(folder, dtype)
-        asr = generate.Transcriber.load(asr_path, dtype=dtype)
+        templates = connector.templates(folder, dtype)
+        # there are two connectors
+        mesh = sharding.local_mesh((*templates, templates[-1]), share=True)
+        place = functools.partial(sharding.place, mesh=mesh)
+        diva = connector.DiVA.load(folder, dtype, place)
+        asr = generate.Transcriber.load(asr_path, dtype=dtype, place=place)
         shared = eqx.tree_at(lambda model: model.encoder, asr.model, diva.encoder)
         asr = dataclasses.replace(asr, model=shared)  # one encoder in memory, not two
         queries = len(diva.connector.query_tokens)
@@ -86,29 +92,30 @@ class Models:
             lambda x, like: jax.device_put(x.astype(dtype), like.sharding), fresh, diva.connector
         )
         connectors = {"untrained": fresh, "diva": diva.connector}
-        return Models(diva, connectors, asr, llama.Chat.load(llm_path))
+        devices = 1 if mesh is None else mesh.size
+        return Models(diva, connectors, asr, llama.Chat.load(llm_path), devices)
 
     def nearest(self, virtual: Float[Array, "B Q E"]) -> list[str]:
         """What the LLM hears of each clip, as text: the tokens nearest to its virtual tokens."""
-        ids = np.asarray(nearest_tokens(virtual, self.diva.llm.model.embed_tokens.weight))
+        ids = np.asarray(connector.heard(self.diva.llm, virtual))
         return [" ".join(self.chat.decode(row).split()) for row in ids]
 
 
-nearest_tokens = jax.jit(connector.nearest_tokens)
-
-
+@sharding.on_mesh
 @eqx.filter_jit
 def listen(diva: connector.DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
     """Encoder states, compiled; every system hears the same ones."""
     return diva.listen(audio)
 
 
+@sharding.on_mesh
 @eqx.filter_jit
 def speak(module: connector.Connector, states: Float[Array, "B T D"]) -> Float[Array, "B Q E"]:
     """Virtual tokens of one system's connector, compiled."""
     return module(states)
 
 
+@sharding.on_mesh
 @eqx.filter_jit
 def fill(
     llm: llama.Llama,
@@ -118,9 +125,10 @@ def fill(
     rows: Int[Array, "B"],
 ) -> Float[Array, "B L E"]:
     """Embeddings of the prompts, with virtual[rows] written over the hole that begins at starts."""
-    return generate.put(llm.embed(ids), virtual[rows], starts)
+    return generate.put(llm.embed(ids), sharding.by_clip(virtual[rows]), starts)
 
 
+@sharding.on_mesh
 @eqx.filter_jit
 def label_scores(
     llm: llama.Llama,
@@ -296,6 +304,7 @@ def answer(
     ]
     asks = {question.ask for question, systems in zip(questions, lacking, strict=True) if systems}
     size = min(batch_size, len({question.audio for question in questions}))
+    size = -(-size // models.devices) * models.devices  # the same for each; filled up
     responder = Responder(models.diva.llm, models.chat, asks, size)
     _answer_speech(models, responder, questions, spoken, lacking, transcripts, tell)
     wanted = collections.defaultdict(list)  # {(ask, text): who asks it}

@@ -32,11 +32,6 @@ from runtime import cost, sharding
 # ---------------------------------------------------------------------------- as little as fits
 
 
-def room_here() -> float:
-    """Bytes of memory of one device of this process; infinite where it does not say."""
-    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
-
-
 def at_once(config: Any, mesh: Mesh) -> int | None:
     """Clips that each device takes at a time; None if that is all of them. Raises ValueError."""
     clips, size = config.batch_size // mesh.size, config.micro_batch

@@ -11,7 +11,9 @@ summed over the devices and split again. That is "fully sharded data parallelism
 on one device. Written down here once, it holds for the encoder, the connector and the LLM. With
 which collectives, XLA decides: on a 3-D torus it gathers by adding up pieces padded with zeros.
 
-On one device, or outside of a training step, all of it is nothing at all. On several hosts each
+Where one token is computed at a time, that is turned around: it goes to the pieces of the weights.
+
+On one device, or where no mesh is named, all of it is nothing at all. On several hosts each
 runs the same program as one process, with the devices of all of them in one mesh.
 
 Source: Rajbhandari et al. 2020, "ZeRO", stage 3.
@@ -20,6 +22,7 @@ Reads: nothing of ours.   Read next: attention.py.
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 AXES = ("data", "fsdp")
+WEIGHTS = 0.8  # of a device's memory: the rest is for what is computed
 SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
 
 
@@ -49,6 +53,25 @@ def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> 
         )
     shape = (len(devices) // fsdp, fsdp)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def room_here() -> float:
+    """Bytes of memory of one device of this process; infinite where it does not say, as on CPUs."""
+    return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
+
+
+def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
+    """The devices of this process, for models that answer. None: the first one alone.
+
+    Models that do not fit one device are split over all of them, [1, n]. Of those that do, each
+    device has a copy, [n, 1], if there are clips to `share`.
+    """
+    devices, leaves = jax.local_devices(), jax.tree.leaves(templates)
+    room = WEIGHTS * room_here()
+    fits = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) <= room
+    if len(devices) == 1 or room == math.inf or (fits and not share):
+        return None
+    return make_mesh(len(devices), 1 if fits else len(devices), devices)
 
 
 # ----------------------------------------------------------------------------------- where it lives
@@ -83,8 +106,10 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
+def place(tree: Any, mesh: Mesh | None) -> Any:
     """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
+    if mesh is None:
+        return tree
 
     def put(leaf: Any, where: NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -92,6 +117,11 @@ def place(tree: Any, mesh: Mesh) -> Any:
         return jax.device_put(leaf, where)
 
     return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def place_local(template: Any) -> Any:
+    """The template of one model, placed on the devices of this process: `place` of its `load`."""
+    return place(template, local_mesh(template))
 
 
 def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -109,10 +139,31 @@ def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 # ------------------------------------- inside the step, where use_abstract_mesh names the mesh
 
 
+def on_mesh(function: Callable) -> Callable:
+    """`function(model, ...)`, compiled with the mesh named over which the model lies, if any."""
+
+    @functools.wraps(function)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        leaf = next(leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array))
+        mesh = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf.sharding, "mesh", None)
+        if mesh is None:
+            return function(model, *args, **kwargs)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(model, *args, **kwargs)
+
+    return run
+
+
 def constrain(x: Array, where: P) -> Array:
-    """`x` laid out as `where` says; as it is, where no mesh is named."""
+    """`x` laid out as `where` says; an axis that cannot be shared equally is whole. As it is, where
+    no mesh is named."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, where)
+    if mesh.empty:
+        return x
+    parts = {None: 1, AXES: math.prod(mesh.shape.values())} | dict(mesh.shape)
+    shared = (n % parts[axis] == 0 for axis, n in zip(where, x.shape, strict=False))
+    where = P(*(axis if fits else None for axis, fits in zip(where, shared, strict=True)))
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def by_clip(tree: PyTree) -> PyTree:
@@ -132,6 +183,18 @@ def micro_batches(batch: dict[str, Array], size: int) -> dict[str, Array]:
     return {name: split(x) for name, x in batch.items()}
 
 
+def to_weights(x: Array) -> Array:
+    """Few positions go to all devices that share a copy of the weights: for one token of each clip
+    that is a thousandth of what the weights would be on their way to the clips."""
+    return constrain(x, P("data"))
+
+
+def to_clips(tree: PyTree) -> PyTree:
+    """And what the weights made of them goes back to the clips."""
+    # by way of all devices: asked for at once, XLA would send the weights to the clips after all
+    return by_clip(jax.tree.map(to_weights, tree))
+
+
 def platform() -> str:
     """cpu, gpu or tpu: of the mesh that is named, which need not be here, else of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -142,7 +205,7 @@ def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """`function(*arrays)` by each device for its own clips: for what XLA does not split, such as
     FFTs and loops over clips."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or len(arrays[0]) % math.prod(mesh.shape.values()):
         return function(*arrays)
     return jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES))(*arrays)
 
@@ -173,6 +236,12 @@ def gather(layer: PyTree, dtype: Any) -> PyTree:
         return gathered(x.astype(dtype)) if x.size >= SMALL else x
 
     return jax.tree.map(whole, layer)
+
+
+def gather_rows(some: Float[Array, "rows E"]) -> Float[Array, "rows E"]:
+    """Some rows of a lookup table, on every device."""
+    # said to be split first: else XLA would gather all rows, and cut these out of them
+    return gathered(constrain(some, P(None, "fsdp")))
 
 
 def lookup(table: Float[Array, "rows E"], ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:

@@ -123,12 +123,12 @@ def test_prompts_of_many_lengths_are_compiled_for_few(model):
     assert [generate.padded(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
         *(64, 64, 128, 128, 256, 512, 1024)
     ]
-    before = generate._prefill._cache_size(), generate._next._cache_size()
+    before = generate._prefill.__wrapped__._cache_size(), generate._next.__wrapped__._cache_size()
     for length in (1, 9, 30):
         embeds = model.embed(jnp.ones((1, generate.padded(length)), int))
         lengths = jnp.asarray([length])
         list(generate.stream(model, embeds, lengths, max_new_tokens=3, stop_ids=(70,)))
-    after = generate._prefill._cache_size(), generate._next._cache_size()
+    after = generate._prefill.__wrapped__._cache_size(), generate._next.__wrapped__._cache_size()
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 

@@ -781,6 +781,6 @@ def test_few_lengths_are_compiled_for_texts_of_all_lengths(models):
     responder = Responder(models.diva.llm, models.chat, {SAY}, 2)
     wrap = sum(map(len, models.chat.wrap(SAY.prompt)))
     assert (5 + wrap, 34 + wrap) == (19, 48)
-    generate.generate.clear_cache()
+    generate.generate.__wrapped__.clear_cache()
     assert sum(len(batch) for batch in responder.texts([(SAY, text) for text in texts])) == 30
-    assert generate.generate._cache_size() == 2
+    assert generate.generate.__wrapped__._cache_size() == 2
