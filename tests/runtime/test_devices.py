@@ -191,8 +191,18 @@ def told(root: Path) -> tuple[int, bool, dict]:
     return models.devices, not where.is_fully_replicated, found
 
 
-def test_an_evaluation_shares_clips_among_devices_and_splits_what_is_too_large(root, room):
-    """With the same answers, transcripts and words; batches are filled up for eight."""
+def test_an_evaluation_shares_clips_among_devices_and_splits_what_is_too_large(
+    root, room, monkeypatch
+):
+    """With the same answers, transcripts and words; batches are filled up for eight, one each."""
+    shares, plain = [], systems.listen
+
+    def listen(diva, audio):
+        states = plain(diva, audio)
+        shares.append((len(audio), states.addressable_shards[0].data.shape[0]))
+        return states
+
+    monkeypatch.setattr(systems, "listen", listen)
     alone = told(root)
     room(1e9)
     shared = told(root)
@@ -200,6 +210,7 @@ def test_an_evaluation_shares_clips_among_devices_and_splits_what_is_too_large(r
     split = told(root)
     assert (alone[:2], shared[:2], split[:2]) == ((1, False), (8, False), (8, True))
     assert alone[2] == shared[2] == split[2] and len(alone[2]) == 44
+    assert shares == [(4, 4)] * 3 + [(8, 1)] * 4
 
 
 def talk(root: Path) -> None:
