@@ -350,8 +350,8 @@ def main(
     asr_path, llm_path = references(model)
     trained = DiVA.load(model)
     queries = len(trained.connector.query_tokens)
-    asr = whisper.Whisper.load(asr_path)
-    untrained = DiVA.create(asr, trained.llm, queries, jax.random.key(0))
+    fresh = DiVA.create(whisper.Whisper.load(asr_path), trained.llm, queries, jax.random.key(0))
+    untrained = eqx.tree_at(lambda diva: diva.connector, trained, fresh.connector)
     sound = jnp.asarray(recording.load_window(clip, trained.window_samples))
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
