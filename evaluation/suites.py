@@ -229,10 +229,11 @@ def read_meld(folder: Path, split: str = "test", audio: str | Path | None = None
     `audio` is by default where MELD.Raw has the split's videos; the same names recur in each split.
     A copy in parquet has `audio` and `label`; there `audio` is where the clips are written to.
     """
-    if parquet.shards(folder, split):
+    file = folder / f"{split}_sent_emo.csv"
+    if not file.is_file() and parquet.shards(folder, split):
         yield from itertools.starmap(Example, labelled(folder, split, MELD_LABELS, audio))
         return
-    file = files.there(folder / f"{split}_sent_emo.csv")
+    files.there(file)
     sounds = wavs(Path(audio or folder / MELD_VIDEOS.get(split, split)))
     columns = ["Utterance", "Emotion", "Dialogue_ID", "Utterance_ID"]
     for where, row in files.table(file, columns, errors="cp1252"):
@@ -254,10 +255,9 @@ def read_meld(folder: Path, split: str = "test", audio: str | Path | None = None
 def read_iemocap(folder: Path, merge_excited: bool = True) -> Rows:
     """IEMOCAP_full_release: 5,531 turns of four emotions. Groups are the five sessions.
 
-    `merge_excited` counts excitement as happiness, as is usual with four classes. The authors
-    scored a ready-made copy with these four and do not say what became of excitement: the default
-    follows the usage. Without it 4,490 turns are left. In that copy, parquet with `audio` and
-    `label`, each session is a split.
+    `merge_excited` counts excitement as happiness, as is usual with four classes; without it 4,490
+    turns are left. The authors scored a ready-made copy with these four and do not say what became
+    of excitement. In that copy, parquet with `audio` and `label`, each session is a split.
     """
     copied = [n for n in range(1, 6) if parquet.shards(folder, f"session{n}")]
     for n in copied:
@@ -295,7 +295,7 @@ def read_mustard(folder: Path, audio: str | Path | None = None) -> Rows:
     The authors scored a random fifth of them, and of that only the sarcastic clips; this is all.
     Their own copy is parquet: `audio`, `sarcasm`, `utterance` and `show`.
     """
-    if parquet.shards(folder, "train"):
+    if parquet.shards(folder, "train") and not [*folder.rglob("sarcasm_data.json")]:
         columns = ("sarcasm", "utterance", "show")
         yield from itertools.starmap(Example, labelled(folder, "train", NO_YES, audio, *columns))
         return
@@ -320,7 +320,7 @@ def read_ur_funny(folder: Path, split: str = "test", audio: str | Path | None = 
     A segment is a punchline after its context: the text is both. The authors' copy in parquet has
     `audio` and `label`.
     """
-    if parquet.shards(folder, split):
+    if parquet.shards(folder, split) and not [*folder.rglob("data_folds.pkl")]:
         yield from itertools.starmap(Example, labelled(folder, split, NO_YES, audio))
         return
     sounds = wavs(Path(audio or folder / "urfunny2_videos"))
