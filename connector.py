@@ -185,9 +185,9 @@ class DiVA(eqx.Module):
     ) -> "DiVA":
         """A new connector between two published models; these, being frozen, in `dtype`. `window`:
         seconds that are heard, if less than the Whisper can."""
-        sizes = weights.read_config(whisper.WhisperConfig, weights.resolve(asr_path))
         asr = whisper.Whisper.load(asr_path, jnp.float32, place)
-        encoder = jax.tree.map(lambda x: x.astype(dtype), cut(asr.encoder, hearing(sizes, window)))
+        encoder = cut(asr.encoder, hearing(asr.config, window))
+        encoder = jax.tree.map(lambda x: x.astype(dtype), encoder)
         asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
         return DiVA.create(asr, llama.Llama.load(llm_path, dtype, place), queries, key)
 

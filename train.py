@@ -114,8 +114,10 @@ def gradients(
     def counts(batch: dict[str, Array]) -> tuple[Array, Array]:
         return (batch["lengths"] * batch["weights"]).sum(), batch["weights"].sum()
 
+    whole = counts(batch)
+
     def add(total: Any, part: dict[str, Array]) -> tuple[Any, None]:
-        shares = [n / jnp.maximum(of, 1) for n, of in zip(counts(part), counts(batch), strict=True)]
+        shares = [n / jnp.maximum(of, 1) for n, of in zip(counts(part), whole, strict=True)]
         grads, (metrics, finite) = gradient(part, recipe, recompute, tuple(shares))
         sums = jax.tree.map(jnp.add, total[:2], (grads, metrics))
         return (*sums, total[2] & finite), None
@@ -382,7 +384,6 @@ def main() -> None:
     """The command line."""
     config = parse(sys.argv[1:])
     if config.compile_only:
-        print(f"compiling for {config.compile_only}: this takes minutes", flush=True)
         print(compiling.slice_report(config, compile_for(config)))
     else:
         sharding.join_cluster()

@@ -12,24 +12,7 @@ import weights
 import whisper
 from runtime import cost
 
-
-def _whisper(width: int, layers: int) -> whisper.WhisperConfig:
-    """One of the published sizes before large-v3, whose heads are all 64 wide."""
-    return dataclasses.replace(
-        cost.PUBLISHED["openai/whisper-large-v3"],
-        d_model=width,
-        encoder_layers=layers,
-        encoder_attention_heads=width // 64,
-        encoder_ffn_dim=4 * width,
-        decoder_layers=layers,
-        decoder_attention_heads=width // 64,
-        decoder_ffn_dim=4 * width,
-        num_mel_bins=80,
-        vocab_size=51_865,
-    )
-
-
-WHISPER_TINY, WHISPER_BASE = _whisper(384, 4), _whisper(512, 6)
+WHISPER_TINY, WHISPER_BASE = cost.whisper_sizes(384, 4), cost.whisper_sizes(512, 6)
 LLAMA_60M = llama.LlamaConfig(
     hidden_size=512,
     intermediate_size=1536,

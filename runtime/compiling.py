@@ -401,7 +401,9 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     asr = connector.hearing(cost.sizes_of(whisper.WhisperConfig, config.whisper), config.window)
     llm = cost.sizes_of(llama.LlamaConfig, config.llm)
     state, batch = abstract_inputs(config, asr, llm, mesh)
-    began, room = time.perf_counter(), cost.CHIPS[devices[0].device_kind].memory
+    room = cost.CHIPS[devices[0].device_kind].memory
+    print(f"compiling for {config.compile_only}: this takes minutes", flush=True)
+    began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, room, state, batch)
     seconds = time.perf_counter() - began
     queries, turn = config.queries or asr.max_target_positions, cost.PREFIX + cost.SUFFIX

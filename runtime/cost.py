@@ -58,37 +58,32 @@ _LLAMA_3 = dict(
     head_dim=128,
     rope_theta=500_000.0,
 )
+
+
+def whisper_sizes(
+    width: int, layers: int, num_mel_bins: int = 80, vocab_size: int = 51_865
+) -> whisper.WhisperConfig:
+    """A published multilingual Whisper: encoder and decoder alike, heads of 64; the defaults are
+    those before large-v3."""
+    sides = {}
+    for side in ("encoder", "decoder"):
+        sides |= {f"{side}_layers": layers, f"{side}_attention_heads": width // 64}
+        sides[f"{side}_ffn_dim"] = 4 * width
+    return whisper.WhisperConfig(
+        d_model=width,
+        num_mel_bins=num_mel_bins,
+        max_source_positions=1500,
+        max_target_positions=448,
+        vocab_size=vocab_size,
+        decoder_start_token_id=50_258,
+        eos_token_id=50_257,
+        **sides,
+    )
+
+
 PUBLISHED = {
-    "openai/whisper-large-v3": whisper.WhisperConfig(
-        d_model=1280,
-        encoder_layers=32,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        decoder_layers=32,
-        decoder_attention_heads=20,
-        decoder_ffn_dim=5120,
-        num_mel_bins=128,
-        max_source_positions=1500,
-        max_target_positions=448,
-        vocab_size=51_866,
-        decoder_start_token_id=50_258,
-        eos_token_id=50_257,
-    ),
-    "openai/whisper-small": whisper.WhisperConfig(
-        d_model=768,
-        encoder_layers=12,
-        encoder_attention_heads=12,
-        encoder_ffn_dim=3072,
-        decoder_layers=12,
-        decoder_attention_heads=12,
-        decoder_ffn_dim=3072,
-        num_mel_bins=80,
-        max_source_positions=1500,
-        max_target_positions=448,
-        vocab_size=51_865,
-        decoder_start_token_id=50_258,
-        eos_token_id=50_257,
-    ),
+    "openai/whisper-large-v3": whisper_sizes(1280, 32, num_mel_bins=128, vocab_size=51_866),
+    "openai/whisper-small": whisper_sizes(768, 12),
     "HuggingFaceTB/SmolLM2-360M-Instruct": llama.LlamaConfig(
         hidden_size=960,
         intermediate_size=2560,

@@ -858,19 +858,6 @@ def test_the_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_compiling_for_a_slice_says_that_it_takes_its_time(capsys, monkeypatch):
-    """Before it begins, since for minutes nothing else is said."""
-
-    def compile_for(config):
-        assert capsys.readouterr().out == "compiling for v4:2x2x1: this takes minutes\n"
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--compile-only", "v4:2x2x1"])
-    monkeypatch.setattr(train, "compile_for", compile_for)
-    monkeypatch.setattr(train.compiling, "slice_report", lambda *_: "the report")
-    train.main()
-    assert capsys.readouterr().out == "the report\n"
-
-
 def test_other_clips_are_refused(root, tmp_path, monkeypatch):
     folder = clone_data(root, tmp_path, monkeypatch)
     train.run(config_of(root, tmp_path / "out", until=1))

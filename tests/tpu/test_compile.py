@@ -52,7 +52,8 @@ def test_the_published_step_on_the_published_slice(way, most):
     done = train_py(*flags)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     print(done.stdout)
-    assert done.stdout.startswith("diva-8b on v4:4x4x8: 128 x TPU v4, mesh 1 data x 128 fsdp")
+    began = "compiling for v4:4x4x8: this takes minutes\ndiva-8b on v4:4x4x8: 128 x TPU v4, mesh "
+    assert done.stdout.startswith(began + "1 data x 128 fsdp")
     assert f"backward recomputes {way}" in done.stdout
     rows = {line[:WIDTH].strip(): line[WIDTH:].split() for line in done.stdout.splitlines()}
     assert 0.5 < float(rows["in all"][0]) <= most
@@ -112,8 +113,10 @@ def test_a_tiny_step_on_a_small_slice():
     ],
 )
 def test_what_cannot_be_compiled_is_one_line(flags, said):
-    """Exit code 1, one line that says what to do, and no word of the compiler's own beside it."""
+    """Exit code 1, one line that says what to do, no word of the compiler's own beside it, and
+    that compiling takes its time only where it began."""
     done = train_py("--preset", "diva-8b", "--compile-only", *flags)
-    assert (done.returncode, done.stdout) == (1, "")
+    began = "compiling for v5e:2x2: this takes minutes\n" if "512" in flags else ""
+    assert (done.returncode, done.stdout) == (1, began)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {said}") and "xpected" in line
