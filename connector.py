@@ -10,7 +10,7 @@ far, it writes all of them at once, into vectors: one pass, no sampling, differe
 
 Axes: B batch, S audio samples, T encoder positions, Q query tokens, D width of Whisper, E width of
 the LLM, P and R length of the chat template before and after the user's words, L text tokens,
-V vocabulary.
+A tokens of an answer that are fed, K = A + 1 states that say it, V vocabulary.
 
 Annex: `sharding.gather` brings split arrays to the device that computes with them.
 
@@ -37,8 +37,7 @@ import weights
 import whisper
 from runtime import command, files, recording, settings, sharding
 
-# of the encoder, a second
-POSITIONS = whisper.SAMPLE_RATE // whisper.HOP // whisper.FRAMES_PER_POSITION
+POSITIONS = whisper.SAMPLE_RATE // whisper.HOP // whisper.FRAMES_PER_POSITION  # a second
 
 
 class Projection(eqx.Module):
@@ -62,8 +61,7 @@ class Connector(eqx.Module):
         self, states: Float[Array, "B T D"], recompute: sharding.Recompute = "layers"
     ) -> Float[Array, "B Q E"]:
         queries, projection = sharding.gather((self.query_tokens, self.projection), states.dtype)
-        queries = queries.astype(states.dtype)
-        queries = jnp.broadcast_to(queries, (len(states), *queries.shape))
+        queries = jnp.broadcast_to(queries, (len(states), *queries.shape)).astype(states.dtype)
         return sharding.by_clip(projection(self.decoder(queries, states, recompute)))
 
     @staticmethod
@@ -76,9 +74,10 @@ class Connector(eqx.Module):
     ) -> "Connector":
         """A connector that starts as the recogniser's decoder and speaks at the LLM's volume.
 
-        Its last norm gives states w x + b with x of variance 1, so of length sqrt(|w|^2 + |b|^2)
-        (a published Whisper's w is near 10, not 1). Weights of deviation volume / length, the
-        volume being rms(embedding), then give virtual tokens as long as the LLM's token embeddings.
+        Its last norm gives w x + b with x of variance 1, and a published Whisper's w is near 10.
+        Here it is scaled to states of variance 1: weights of deviation volume / sqrt(D), the volume
+        being rms(embedding), then give virtual tokens as long as the LLM's token embeddings. (Adam
+        moves weights by the learning rate: the small ones behind loud states it throws about.)
         Raises ValueError if the decoder has fewer positions than `queries` (None: all of them).
         """
         positions, inner = decoder.embed_positions.weight.shape
@@ -89,12 +88,14 @@ class Connector(eqx.Module):
                 "Whisper's decoder. Give fewer queries, or none for all positions."
             )
         query_key, projection_key = jax.random.split(key)
-        weight, norm = jax.random.normal(projection_key, (inner, width)), decoder.layer_norm
-        length = jnp.sqrt(jnp.square(norm.weight).sum() + jnp.square(norm.bias).sum())
+        norm = decoder.layer_norm
+        rms = jnp.sqrt((jnp.square(norm.weight) + jnp.square(norm.bias)).mean())
+        norm = jax.tree.map(lambda x: x / rms, norm)
+        weight = jax.random.normal(projection_key, (inner, width)) * volume / inner**0.5
         return Connector(
             query_tokens=0.02 * jax.random.normal(query_key, (queries, inner)),
-            decoder=decoder,
-            projection=Projection(weight * volume / length, jnp.zeros(width)),
+            decoder=eqx.tree_at(lambda d: d.layer_norm, decoder, norm),
+            projection=Projection(weight, jnp.zeros(width)),
         )
 
     @staticmethod
@@ -124,8 +125,8 @@ class Pass(NamedTuple):
     states: Float[Array, "B T D"]  # of the encoder
     virtual: Float[Array, "B Q E"]  # virtual tokens, and what the last of them are aligned with:
     targets: Float[Array, "B L E"]  # the LLM's embeddings of the transcript
-    student: Float[Array, "B E"]  # the state that starts the LLM's response to the speech
-    teacher: Float[Array, "B E"]  # and to the transcript; no gradient passes
+    student: Float[Array, "B K E"]  # states from which the LLM says its response to the speech
+    teacher: Float[Array, "B K E"]  # and to the transcript; no gradient passes
 
 
 class DiVA(eqx.Module):
@@ -148,19 +149,23 @@ class DiVA(eqx.Module):
         lengths: Int[Array, "B"],
         prefix: Int[Array, "P"],
         suffix: Int[Array, "R"],
+        answers: Int[Array, "B A"] | None = None,
         recompute: sharding.Recompute = "layers",
     ) -> Pass:
         """The whole method: the LLM once as student, on speech, and once as teacher, on its
-        transcript `ids`, both between the same `prefix` and `suffix` of the chat template."""
+        transcript `ids`, both between the same `prefix` and `suffix` of the chat template, and both
+        with the teacher's answer behind it, but for its last token (None: it has but one)."""
+        answers = ids[:, :0] if answers is None else answers
         states = self.listen(audio)
         virtual = self.connector(states, recompute)
-        targets = self.llm.embed(ids)
-        speech = self.embed_turn(virtual, prefix, suffix)
-        text, last = text_turn(ids, lengths, prefix, suffix)
+        targets, said = self.llm.embed(ids), self.llm.embed(answers)
+        speech = jnp.concatenate([self.embed_turn(virtual, prefix, suffix), said], axis=1)
+        text, last = text_turn(ids, lengths, prefix, suffix, answers)
         # Side by side, so that each layer is gathered once for both.
         student, teacher = self.llm((speech, self.llm.embed(text)), recompute)
-        teacher = jnp.take_along_axis(teacher, last[:, None, None], axis=1)[:, 0]
-        return Pass(states, virtual, targets, student[:, -1], jax.lax.stop_gradient(teacher))
+        at = last[:, None] + jnp.arange(answers.shape[1] + 1)
+        teacher = jax.lax.stop_gradient(jnp.take_along_axis(teacher, at[..., None], axis=1))
+        return Pass(states, virtual, targets, student[:, -at.shape[1] :], teacher)
 
     @staticmethod
     def create(
@@ -278,17 +283,20 @@ def text_turn(
     lengths: Int[Array, "B"],
     prefix: Int[Array, "P"],
     suffix: Int[Array, "R"],
+    answers: Int[Array, "B A"],
 ) -> tuple[Int[Array, "B positions"], Int[Array, "B"]]:
     """The transcript as the user's turn, for the teacher; and where its response begins.
 
-    Each row is [prefix; transcript; suffix; padding]; the state that predicts the response stands
-    at the end of the suffix, and the causal mask keeps the padding behind it out of sight.
+    Each row is [prefix; transcript; suffix; answer; padding]; the state that predicts the response
+    stands at the end of the suffix, and the causal mask keeps the padding out of sight.
     """
     before, after = prefix.shape[0], suffix.shape[0]
-    position = jnp.arange(before + ids.shape[1] + after)
+    behind = jnp.concatenate([jnp.broadcast_to(suffix, (len(ids), after)), answers], axis=1)
+    position = jnp.arange(before + ids.shape[1] + behind.shape[1])
     start = before + lengths[:, None]  # [B, 1] where the suffix begins
     text = ids[:, jnp.clip(position - before, 0, ids.shape[1] - 1)]
-    tail = suffix[jnp.clip(position - start, 0, after - 1)]
+    at = jnp.clip(position - start, 0, behind.shape[1] - 1)
+    tail = jnp.take_along_axis(behind, at, axis=1)
     head = prefix[jnp.clip(position, 0, before - 1)]
     row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
     return row, lengths + before + after - 1
@@ -379,7 +387,7 @@ def main(
     asr_path, llm_path = references(model)
     # first: what cannot be heard is refused before weights are read
     sound = jnp.asarray(recording.load_window(clip, heard_by(model).window_samples))
-    dtype = compute_dtype(jax.default_backend())
+    dtype = sharding.compute_dtype(jax.default_backend())
     place = functools.partial(sharding.place, mesh=sharding.local_mesh(templates(model, dtype)))
     trained = DiVA.load(model, dtype, place)
     queries = len(trained.connector.query_tokens)
@@ -390,11 +398,6 @@ def main(
     for name, diva in (("before training", untrained), ("after training", trained)):
         ids = heard(diva.llm, listen(diva, sound))[0, -last:]
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
-
-
-def compute_dtype(platform: str) -> str:
-    """Of frozen weights and of the computation: float32 on a CPU, bfloat16 elsewhere."""
-    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def references(path: str | Path) -> tuple[str, str]:

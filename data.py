@@ -20,7 +20,6 @@ import collections
 import dataclasses
 import functools
 import logging
-import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -160,7 +159,8 @@ def seconds_of(clips: list[Clip]) -> list[float]:
 
     A clip whose header cannot be read counts as 0 s: decoding it will say what is wrong.
     """
-    known, failures = _seconds_by_table(clips), (sf.SoundFileError, RuntimeError)
+    known = recording.seconds_by_table(clip.audio for clip in clips)
+    failures = (sf.SoundFileError, RuntimeError)
     rest = {clip.audio: clip.meta for clip in clips if clip.audio not in known}
     rows = [name for name in rest if parquet.is_row(name)]
     known |= {name: said for name in rows if (said := parquet.seconds_said(rest[name]))}
@@ -173,21 +173,6 @@ def seconds_of(clips: list[Clip]) -> list[float]:
     rest = [name for name in rest if name not in known]
     known |= files.remembered("seconds-held", rest, recording.seconds, failures)
     return [known[clip.audio] for clip in clips]
-
-
-def _seconds_by_table(clips: list[Clip]) -> dict[str, float]:
-    known, bad = {}, []
-    for folder in {os.path.dirname(os.path.dirname(clip.audio)) for clip in clips}:
-        if (table := Path(folder, "clip_durations.tsv")).is_file():
-            for where, row in files.table(table, (), bad, **files.TSV):
-                name, ms, *_ = [*row.values(), "", ""]
-                if ms.isdecimal():
-                    known[os.path.join(folder, "clips", name)] = int(ms) / 1000
-                else:
-                    bad.append((where, "without milliseconds"))
-    if bad:
-        log.warning("clips will be opened, for want of a duration: %s", files.left_out(bad))
-    return known
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,6 +193,13 @@ class Corpus:
     wordless: int = 0  # left out: no token at all
     max_tokens: int = 0
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
+    # What the teacher answers to each clip, if more of it is distilled than where it begins.
+    answers: list[Int32[np.ndarray, "_"]] | None = None
+
+    @property
+    def answer_length(self) -> int:
+        """A: tokens of an answer that are fed. Its last one is only predicted."""
+        return max(map(len, self.answers)) - 1 if self.answers else 0
 
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
@@ -234,10 +226,8 @@ def prepare(
 
     Raises ValueError if nothing is left.
     """
-    corpus, window = (
-        Corpus([], [], window_samples, 0, max_tokens=max_tokens),
-        window_samples / SAMPLE_RATE,
-    )
+    corpus = Corpus([], [], window_samples, 0, max_tokens=max_tokens)
+    window = window_samples / SAMPLE_RATE
     for clip, row, seconds in zip(clips, _tokens(clips, encode), seconds_of(clips), strict=True):
         if seconds > window:
             corpus.too_long += 1
@@ -287,6 +277,8 @@ def batches(
 
     audio f32 [B, S], ids int32 [B, L] (0-padded), lengths int32 [B], weights f32 [B]: 0 for a clip
     that cannot be decoded, which is then silence, named in the log once, and in corpus.undecodable.
+    With answers, these but for their last tokens, int32 [B, A], and states int32 [B]: how many
+    states say each.
     Raises ValueError if the processes cannot share the batch equally.
     """
     if batch_size % process_count:
@@ -298,15 +290,19 @@ def batches(
     samples = _reader(corpus)
 
     def load(index: int) -> dict[str, np.ndarray]:
-        ids = np.zeros(corpus.max_length, np.int32)
-        ids[: len(corpus.ids[index])] = corpus.ids[index]
+        row = corpus.ids[index]
         sound, heard = samples(index)
-        return {
+        sample = {
             "audio": recording.pad([sound], corpus.window_samples)[0],
-            "ids": ids,
-            "lengths": np.int32(len(corpus.ids[index])),
+            "ids": np.pad(row, (0, corpus.max_length - len(row))),
+            "lengths": np.int32(len(row)),
             "weights": np.float32(heard),
         }
+        if corpus.answer_length:
+            fed, states = corpus.answers[index][:-1], len(corpus.answers[index])
+            sample["answers"] = np.pad(fed, (0, corpus.answer_length - len(fed)))
+            sample["states"] = np.int32(states)
+        return sample
 
     import grain  # takes a second: only who trains waits for it
 
@@ -318,7 +314,7 @@ def batches(
 
 
 def batch_shapes(
-    batch_size: int, window_samples: int, max_length: int
+    batch_size: int, window_samples: int, max_length: int, answer_length: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What `batches` gives, all processes together."""
     shapes = {
@@ -327,6 +323,8 @@ def batch_shapes(
         "lengths": ((), np.int32),
         "weights": ((), np.float32),
     }
+    if answer_length:
+        shapes |= {"answers": ((answer_length,), np.int32), "states": ((), np.int32)}
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
         for name, (shape, dtype) in shapes.items()

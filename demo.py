@@ -102,7 +102,7 @@ class Assistant:
     @staticmethod
     def load(model: str | Path) -> "Assistant":
         """float32 on a CPU, bfloat16 elsewhere. Raises ValueError or FileNotFoundError."""
-        dtype = connector.compute_dtype(jax.default_backend())
+        dtype = sharding.compute_dtype(jax.default_backend())
         _, llm_path = connector.references(model)
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
         mesh = sharding.local_mesh(connector.templates(model, dtype))

@@ -34,8 +34,8 @@ Proved: all six, as written. Observed only: how tight the bounds are. Run this f
 real output matrix. What the paper claims is the first sentence of 2. What nobody can claim: that a
 smaller |d| always means a smaller KL; 4 bounds it, 3 orders it along one line only.
 
-Axes: B batch, Q query tokens, L padded transcript length, E width of the LLM, V vocabulary,
-C rows of one chunk of the vocabulary.
+Axes: B batch, Q query tokens, L padded transcript length, K states of an answer, E width of the
+LLM, V vocabulary, C rows of one chunk of the vocabulary.
 Source: Held et al. 2024, section 3.2 (points 1, 2); the rest is proved here.
 Reads: weights.py, to show the lemma on a model's own output matrix.   Read next: data.py.
 """
@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from runtime import command
 from weights import read_tensor, resolve
@@ -92,13 +92,18 @@ def token_alignment(
     A transcript of N tokens is compared with the *last* N of the Q virtual tokens: the decoder is
     causal, so the last ones have seen all the others, and the first Q - N stay free.
     """
-    queries = virtual.shape[1]
-    at = jnp.arange(targets.shape[1])[None]  # n, of N
-    real = at < lengths[:, None]
-    query = jnp.clip(queries - lengths[:, None] + at, 0, queries - 1)  # Q - N + n
-    aligned = jnp.take_along_axis(virtual, query[..., None], axis=1)
+    aligned, real = last_tokens(virtual, lengths, targets.shape[1])
     distance = length(wide(aligned) - jax.lax.stop_gradient(targets))
     return weighted_mean(distance, real * weights[:, None])
+
+
+def last_tokens(
+    virtual: Float[Array, "B Q E"], lengths: Int[Array, "B"], most: int
+) -> tuple[Float[Array, "B L E"], Bool[Array, "B L"]]:
+    """The last N virtual tokens of each clip, padded to `most`; and which of them are real."""
+    queries, at = virtual.shape[1], jnp.arange(most)[None]  # n, of N
+    query = jnp.clip(queries - lengths[:, None] + at, 0, queries - 1)  # Q - N + n
+    return jnp.take_along_axis(virtual, query[..., None], axis=1), at < lengths[:, None]
 
 
 def response_l2(
@@ -141,15 +146,24 @@ def response_kl(
     return weighted_mean(kl_divergence(student, teacher, output_matrix), weights)
 
 
+def by_state(weights: Float[Array, "B"], counts: Int[Array, "B"], most: int) -> Float[Array, "B K"]:
+    """The weight of each of `most` states of an answer: a clip's, shared equally by those that it
+    has, which come first. So a mean over states is one over clips, however long they answer."""
+    real = jnp.arange(most) < counts[:, None]
+    return jnp.where(real, (weights / jnp.maximum(counts, 1))[:, None], 0.0)
+
+
 def response(
     kind: Literal["l2", "gram", "kl"],
-    student: Float[Array, "B E"],
-    teacher: Float[Array, "B E"],
-    weights: Float[Array, "B"],
+    student: Float[Array, "B K E"],
+    teacher: Float[Array, "B K E"],
+    weights: Float[Array, "B K"],
     output_matrix: Float[Array, "V E"],
     gram: Float[Array, "E E"] | None,
 ) -> Float[Array, ""]:
-    """How far the two response states are apart, by one of the three; `gram` needs its matrix."""
+    """How far the response states are apart, by one of the three; `gram` needs its matrix."""
+    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
+    weights = weights.reshape(-1)
     if kind == "l2":
         return response_l2(student, teacher, weights)
     if kind == "gram":

@@ -377,9 +377,7 @@ def main(
         system: instruction in the system turn.
         max_new_tokens: the answer stops here at the latest.
     """
-    import connector  # which dtype to compute in is said in the next chapter
-
-    chat, dtype = Chat.load(model), connector.compute_dtype(jax.default_backend())
+    chat, dtype = Chat.load(model), sharding.compute_dtype(jax.default_backend())
     llm = Llama.load(model, dtype, sharding.place_local)
     ids = prompt_ids(llm, chat, question, system, max_new_tokens)
     embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])

@@ -407,10 +407,9 @@ def main(
         system: instruction in the system turn.
         max_new_tokens: the answer stops here at the latest.
     """
-    import connector  # what writes word after word is the next chapter
-    import generate
+    import generate  # what writes word after word is the next chapter
 
-    chat, dtype = Chat.load(model), connector.compute_dtype(jax.default_backend())
+    chat, dtype = Chat.load(model), sharding.compute_dtype(jax.default_backend())
     llm = Llama.load(model, dtype, sharding.place_local)
     for piece in generate.answer(llm, chat, question, system, max_new_tokens):
         print(piece, end="", flush=True)

@@ -15,7 +15,8 @@ The same command on every host of a cluster is one run. One that was interrupted
 power cut) goes on when the command is started again, and ends with the same weights, bit for bit.
 
 Annex: runtime/sharding.py says where arrays live on many devices (FSDP), compiling.py makes the
-step that fits into memory, record.py keeps the log and the checkpoints, cost.py counts FLOPs.
+step that fits into memory, record.py keeps the log and the checkpoints, cost.py counts FLOPs,
+answers.py asks the teacher once for whole answers, watching.py tells whether words are heard.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
 Reads: weights.py, whisper.py, llama.py, connector.py, distill_loss.py, data.py.
@@ -25,8 +26,11 @@ Read next: eval.py.
 import dataclasses
 import functools
 import logging
+import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -45,7 +49,7 @@ import distill_loss
 import llama
 import weights
 import whisper
-from runtime import command, compiling, cost, files, record, sharding
+from runtime import answers, command, compiling, cost, files, record, sharding, watching
 from runtime.recipe import Config, Recipe, parse, recipe_of, resume_command
 
 # ---------------------------------------------------------------------------- the loss and the step
@@ -67,6 +71,17 @@ PARTS = (
 )
 
 
+def forward(
+    params: Any, frozen: Frozen, batch: dict[str, Array], recompute: sharding.Recompute = "layers"
+) -> tuple[connector.Pass, Float[Array, "B K"]]:
+    """What the student makes of a batch, and the teacher; and what each state of an answer counts:
+    where the response begins alone, or all that say the batch's answers, if it has any."""
+    given = *(batch[name] for name in ("audio", "ids", "lengths")), frozen.prefix, frozen.suffix
+    out = eqx.combine(params, frozen.diva)(*given, batch.get("answers"), recompute)
+    counts = batch.get("states", jnp.ones_like(batch["lengths"]))
+    return out, distill_loss.by_state(batch["weights"], counts, out.student.shape[1])
+
+
 def loss_fn(
     params: Any,
     frozen: Frozen,
@@ -79,13 +94,12 @@ def loss_fn(
 
     `share`: of a larger batch's positions and clips, if `batch` is a part of one.
     """
-    diva = eqx.combine(params, frozen.diva)
-    ids, lengths, weight = batch["ids"], batch["lengths"], batch["weights"]
-    out = diva(batch["audio"], ids, lengths, frozen.prefix, frozen.suffix, recompute)
+    out, by_state = forward(params, frozen, batch, recompute)
+    lengths, weight = batch["lengths"], batch["weights"]
     alignment = distill_loss.token_alignment(out.virtual, out.targets, lengths, weight)
+    table = frozen.diva.llm.output_matrix
     response = distill_loss.response(
-        *(recipe.response_loss, out.student, out.teacher, weight),
-        *(diva.llm.output_matrix, frozen.gram),
+        *(recipe.response_loss, out.student, out.teacher, by_state, table, frozen.gram)
     )
     alignment, response = share[0] * alignment, share[1] * response
     loss = recipe.align_weight * alignment + recipe.response_weight * response
@@ -180,12 +194,22 @@ def train_step(
     return params, opt_state, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, P()))
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def watch(params: Any, frozen: Frozen, batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
+    """The scores of clips that are not trained on."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        out, by_state = forward(params, frozen, batch)
+        given = (batch[name] for name in ("ids", "lengths", "weights"))
+        found = watching.scores(frozen.diva.llm, out, by_state, *given)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+
+
 # -------------------------------------------------------------------------------- before step 0
 
 
 def with_dtype(config: Config, platform: str) -> Config:
     """`config` with --dtype auto decided for the platform (cpu, gpu, tpu) that it runs on."""
-    dtype = connector.compute_dtype(platform) if config.dtype == "auto" else config.dtype
+    dtype = sharding.compute_dtype(platform) if config.dtype == "auto" else config.dtype
     return dataclasses.replace(config, dtype=dtype)
 
 
@@ -223,7 +247,8 @@ def abstract_inputs(
     diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
     turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)]
     text = min(cost.TEXT, config.queries or asr.max_target_positions)
-    batch = data.batch_shapes(config.batch_size, asr.window_samples, text)
+    answer = answers.limit(config.response_tokens) - 1
+    batch = data.batch_shapes(config.batch_size, asr.window_samples, text, answer)
     return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
 
 
@@ -245,42 +270,58 @@ def compile_for(config: Config) -> compiling.SliceProgram:
     return compiling.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
 
 
-def claim(config: Config) -> tuple[data.Corpus, dict[str, list[int]], float]:
-    """The clips, prefix and suffix of the template, and FLOPs of one clip. The folder notes what
-    run it is when all is known to be right that can be without weights. Raises ValueError."""
+class Claim(NamedTuple):
+    """What a run is about, as far as it is known without weights."""
+
+    corpus: data.Corpus
+    watched: data.Corpus | None
+    chat: llama.Chat
+    turn: dict[str, list[int]]  # prefix and suffix of the template
+    work: Callable[..., dict[str, float]]  # FLOPs of a clip, of positions of text and of answer
+
+
+def claim(config: Config) -> Claim:
+    """The folder notes what run it is when all is known to be right that can be without weights.
+    Raises ValueError."""
+    manifest = os.path.isfile(config.data)
+    where = (config.watch, config.split) if manifest else (config.data, config.watch)
     clips = data.read_clips(config.data, config.split, config.text_column)
+    others = data.read_clips(*where, config.text_column) if config.watch else []
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
     asr = connector.hearing(asr, config.window)
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
     connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
     chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
-    corpus = data.prepare(clips, chat.encode_batch, asr.window_samples, max_tokens=queries)
+    fitting = chat.encode_batch, asr.window_samples, queries
+    corpus = data.prepare(clips, *fitting)
+    watched = watching.some(data.prepare(others, *fitting)) if others else None
     turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
     recipe = dataclasses.asdict(recipe_of(config))
     turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
     positions = len(turn["prefix"] + turn["suffix"])
-    return corpus, turn, sum(cost.flops(asr, llm, queries, positions, corpus.max_length).values())
+    work = functools.partial(cost.flops, asr, llm, queries, positions)
+    return Claim(corpus, watched, chat, turn, work)
 
 
-def mean_embedding(llm: llama.Llama, corpus: data.Corpus, mesh: Mesh) -> float:
-    """The alignment of one vector for all virtual tokens, the mean of the transcripts' embeddings:
-    a connector that is not below it has not heard a word."""
-    ids, counts = np.unique(np.concatenate(corpus.ids), return_counts=True)
-
-    def alignment(table: Array) -> Array:
-        found, share = distill_loss.wide(table[ids]), counts / counts.sum()
-        return share @ distill_loss.length(found - share @ found)
-
-    whole = NamedSharding(mesh, P())
-    return float(jax.jit(alignment, out_shardings=whole)(llm.model.embed_tokens.weight))
-
-
-def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Frozen], Any, float]:
-    """All that a run needs: its clips, its state, the compiled step, and FLOPs of one clip."""
-    corpus, turn, work = claim(config)
+def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | None, float]:
+    """All that a run needs: its clips, its state, the compiled step, a batch to be watched or None,
+    and FLOPs of one clip."""
+    corpus, others, chat, turn, work_on = claim(config)
     state = start_state(config, mesh, turn)
-    record.note_baseline(epath.Path(config.out), mean_embedding(state[2].diva.llm, corpus, mesh))
-    batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length)
+    llm, most = state[2].diva.llm, answers.limit(config.response_tokens)
+    record.note_baseline(epath.Path(config.out), watching.mean_embedding(llm, corpus, mesh))
+    ask = functools.partial(answers.ask, llm, chat.stop_ids, turn, config, mesh)
+    if most > 1:
+        corpus.answers = ask(corpus.ids, most)
+    watched = None
+    if others:
+        others.answers = ask(others.ids, answers.MOST)
+        size = mesh.size * math.ceil(len(others.ids) / mesh.size)
+        watched = next(data.batches(others, batch_size=size, seed=0, **sharding.process()))
+        watched = sharding.to_devices(watched, mesh)
+    lengths = corpus.max_length, corpus.answer_length
+    work = sum(work_on(*lengths).values())
+    batch = data.batch_shapes(config.batch_size, corpus.window_samples, *lengths)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, sharding.room_here(), state, batch)
@@ -288,7 +329,7 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple[Any, Any, Froz
     if jax.process_index() == 0:
         took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)
         print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
-    return corpus, state, compiled, work
+    return corpus, state, compiled, watched, work
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -298,15 +339,14 @@ def train(config: Config, mesh: Mesh) -> tuple[int, str]:
     """Train on from the newest checkpoint; export at the end. Returns the steps done, and what
     asked to stop, if anything did."""
     out = epath.Path(config.out)
-    corpus, (params, opt_state, frozen), compiled, work = start(config, mesh)
+    corpus, (params, opt_state, frozen), compiled, watched, work = start(config, mesh)
     manager = record.open_checkpoints(config)
     step = saved = first_step = manager.latest_step() or 0
     if step:
         params, opt_state = record.restore(manager, step, params, opt_state)
         print(f"resuming {out} at step {step} of {config.steps}", flush=True)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     order = {"batch_size": config.batch_size, "seed": config.seed, "start_step": step}
-    batches = data.batches(corpus, **order, **process)
+    batches = data.batches(corpus, **order, **sharding.process())
     log = record.Log(config, step, work, PARTS, corpus.undecodable)
     with record.Stop() as stop, record.closing(log, manager):
         while step < min(config.steps, config.until or config.steps) and not stop.before(step):
@@ -314,6 +354,8 @@ def train(config: Config, mesh: Mesh) -> tuple[int, str]:
             batch = sharding.to_devices(next(batches), mesh)
             waited = time.perf_counter() - began
             params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(step))
+            if watched and (not step or (step + 1) % config.watch_every == 0):
+                metrics |= watch(params, frozen, watched, mesh)
             log.read()  # step - 1, while the device is busy with this one
             log.hold(step, metrics, waited)
             step += 1

@@ -46,7 +46,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
         "lengths": lengths.astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    words = (batch["ids"], batch["lengths"], prefix, suffix)
+    words = (batch["ids"], batch["lengths"], prefix, suffix, batch["ids"][:, :0])
     text, last = connector.text_turn(*map(jnp.asarray, words))
     teacher = {"text": np.asarray(text), "last": np.asarray(last)}
     return batch | teacher | {"prefix": prefix, "suffix": suffix}

@@ -75,7 +75,7 @@ class Models:
     @staticmethod
     def load(folder: Path) -> "Models":
         """float32 on a CPU, bfloat16 elsewhere; on all devices of this process."""
-        dtype = connector.compute_dtype(jax.default_backend())
+        dtype = sharding.compute_dtype(jax.default_backend())
         asr_path, llm_path = connector.references(folder)
         templates = connector.templates(folder, dtype)
         # there are two connectors

@@ -408,8 +408,10 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     seconds = time.perf_counter() - began
     queries, turn = config.queries or asr.max_target_positions, cost.PREFIX + cost.SUFFIX
     text = batch["ids"].shape[1]
+    answer = batch["answers"].shape[1] if "answers" in batch else 0
     parts, short = (
-        cost.flops(asr, llm, queries, turn, length) for length in (text, min(cost.MEAN_TEXT, text))
+        cost.flops(asr, llm, queries, turn, length, answer)
+        for length in (text, min(cost.MEAN_TEXT, text))
     )
     padding = parts["teacher"] - short["teacher"]
     program = Program(compiled, len(devices))

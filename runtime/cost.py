@@ -138,7 +138,12 @@ MEAN_TEXT = 14  # tokens of its average transcript
 
 
 def flops(
-    asr: whisper.WhisperConfig, llm: llama.LlamaConfig, queries: int, turn: int, text: int
+    asr: whisper.WhisperConfig,
+    llm: llama.LlamaConfig,
+    queries: int,
+    turn: int,
+    text: int,
+    answer: int = 0,
 ) -> dict[str, float]:
     """FLOPs of one clip in one training step: nothing computed twice, gradients where needed.
 
@@ -146,7 +151,9 @@ def flops(
         queries: Q, virtual tokens.
         turn: positions of the template around the user's words, P + R.
         text: positions that the transcript is padded to, L.
+        answer: positions of the answer behind the turn, A.
     """
+    turn += answer
     d, t, q = asr.d_model, asr.max_source_positions, queries
     frames = t * whisper.FRAMES_PER_POSITION
     conv = 3 * d * (frames * asr.num_mel_bins + t * d)  # kernel 3; the second has stride 2

@@ -39,6 +39,9 @@ class Recipe:
     response_weight: float = 1.0  # Weight of the response distillation loss.
     # Distance of the response states: l2 (the paper), gram (a tighter bound of KL), kl (exact).
     response_loss: Literal["l2", "gram", "kl"] = "l2"
+    # States of the teacher's answer that are compared: 1 (the paper), where it begins; K, also
+    # behind its first K - 1 tokens; all: to its end, 64 at most.
+    response_tokens: int | Literal["all"] = 1
     seed: int = 0  # Decides the initial queries and the order of the clips.
     # Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
     # and optimizer are float32 always.
@@ -54,6 +57,10 @@ class Config(Recipe):
     out: str | None = None  # Folder of the run; None: runs/PRESET.
     # Folder of the tasks that the finished student is evaluated on; None: no evaluation.
     tasks: str | None = None
+    # Split of which 64 clips are watched, where --data is a file, another such file: whether their
+    # words are heard, and how far the answers are from the teacher's; None: none.
+    watch: str | None = None
+    watch_every: int = 100  # Steps between two looks at them.
     until: int | None = None  # Save and stop after this step; without it the command goes on.
     fsdp: int | None = None  # Devices over which one copy of a large array is split; None: all.
     # What the backward pass computes again to save memory (rematerialisation): attention (about
@@ -73,7 +80,11 @@ class Config(Recipe):
     max_undecodable: float = 0.01
 
     def __post_init__(self):
-        command.at_least(self, steps=1, batch_size=1, save_every=1, keep=1, log_every=1, seed=0)
+        command.at_least(
+            self, steps=1, batch_size=1, watch_every=1, save_every=1, keep=1, log_every=1, seed=0
+        )
+        if self.response_tokens != "all":
+            command.at_least(self, response_tokens=1)
         if self.micro_batch is not None:
             command.at_least(self, micro_batch=1)
         if self.tasks and self.out and files.in_bucket(self.out):
@@ -99,6 +110,7 @@ PRESETS: dict[str, Config] = {
     "toy": Config(
         preset="toy",
         tasks="toy/tasks",
+        watch="dev",
         queries=8,
         steps=6000,
         batch_size=16,

@@ -182,6 +182,8 @@ class Log:
             return
         texts = [f"step {step + 1}/{config.steps}"]
         texts += [f"{name} {value}" for name, value in loss.items()]
+        if "kl" in row:
+            texts += [f"KL {row['kl']:.4g} nats, {row['heard']:.1%} of the words heard"]
         texts += [f"lr {row['lr']:.2e}", f"gradient {row['grad_norm']:.3g}"]
         if rate:
             texts += [f"{row['seconds']:.3f} s, {row['data_wait']:.3f} s of it for data", speed]
@@ -230,13 +232,14 @@ def plot(folder: epath.Path) -> epath.Path:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, file = np.array([row["step"] for row in rows]), folder / "baseline.json"
     baseline = files.read_json(file) if file.is_file() else {}
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
+    watched = [row for row in rows if "kl" in row]
+    figure = Figure(figsize=(8, 9 if watched else 6), layout="constrained")
+    panels = figure.subplots(3 if watched else 2, 1, sharex=True)
     titles = {
         "alignment": "token alignment: virtual tokens against transcript embeddings",
         "response": "response distillation: student's state against teacher's",
     }
-    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+    for panel, (name, title) in zip(panels, titles.items(), strict=False):
         values = np.array([row[name] for row in rows])
         width = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
@@ -252,11 +255,26 @@ def plot(folder: epath.Path) -> epath.Path:
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False)
-    panels[1].set_xlabel("step")
+    if watched:
+        _plot_watched(panels[2], watched)
+    panels[-1].set_xlabel("step")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120)
     (folder / "loss.png").write_bytes(drawn.getvalue())
     return folder / "loss.png"
+
+
+def _plot_watched(panel: Any, rows: list[dict]) -> None:
+    """What clips that are not trained on tell: KL at the left, words heard at the right."""
+    steps, other = [row["step"] for row in rows], panel.twinx()
+    title = "clips that are not trained on: KL of the answer, and words that are heard"
+    panel.set_title(title, loc="left", fontsize=10)
+    sides = (panel, "kl", "nats", "tab:red"), (other, "heard", "share", "tab:green")
+    for axis, name, unit, color in sides:
+        axis.plot(steps, [row[name] for row in rows], color=color)
+        axis.set_ylabel(f"{name}, {unit}", color=color)
+        axis.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
 
 
 def profile(out: epath.Path, starts: bool) -> None:

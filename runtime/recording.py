@@ -4,21 +4,23 @@ A header's length is a hint: joined MP3s carry that of the first, a pipe leaves 
 breaks off. The decoder believes it, so it is put right, or the file refused, before one listens.
 
 Axes: B batch, S audio samples.
-Reads: containers.py, parquet.py.   Read next: sharding.py.
+Reads: containers.py, files.py, parquet.py.   Read next: sharding.py.
 """
 
 import contextlib
 import io
+import logging
 import math
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from jaxtyping import Float, Float32
 
-from runtime import containers, parquet
+from runtime import containers, files, parquet
 
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed
@@ -30,6 +32,8 @@ LARGEST = 1 << 30  # bytes of a file: ten windows of 30 s in studio quality are 
 LOUDEST = 8.0
 UNTOLD = 86_400  # seconds: a header that says more is one of a stream, and says nothing
 LOST = 2 * 1152  # samples of two MP3 frames: cut out of a stream, the first refer to what is gone
+
+log = logging.getLogger(__name__)
 
 
 class _Forward(sf.SoundFile):
@@ -172,6 +176,22 @@ def seconds_in(table: str) -> list[float]:
         except (sf.SoundFileError, RuntimeError, OSError, ValueError):
             found.append(0.0)
     return found
+
+
+def seconds_by_table(audio: Iterable[str]) -> dict[str, float]:
+    """Of those files that Common Voice's clip_durations.tsv lists, beside their folder."""
+    known, bad = {}, []
+    for folder in {os.path.dirname(os.path.dirname(name)) for name in audio}:
+        if (table := Path(folder, "clip_durations.tsv")).is_file():
+            for where, row in files.table(table, (), bad, **files.TSV):
+                name, ms, *_ = [*row.values(), "", ""]
+                if ms.isdecimal():
+                    known[os.path.join(folder, "clips", name)] = int(ms) / 1000
+                else:
+                    bad.append((where, "without milliseconds"))
+    if bad:
+        log.warning("clips will be opened, for want of a duration: %s", files.left_out(bad))
+    return known
 
 
 def pad(audio: Sequence[np.ndarray], window: int) -> Float32[np.ndarray, "B S"]:

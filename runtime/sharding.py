@@ -60,6 +60,11 @@ def room_here() -> float:
     return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
 
+def compute_dtype(platform: str) -> str:
+    """Of frozen weights and of the computation: float32 on a CPU, bfloat16 elsewhere."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
     """The devices of this process, for models that answer. None: the first one alone.
 
@@ -311,6 +316,11 @@ def join_cluster() -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. "
             "Set JAX_NUM_PROCESSES=1 to run alone."
         ) from error
+
+
+def process() -> dict[str, int]:
+    """Which part of every batch is read here."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def from_first(make: Callable[[], Any]) -> Any:

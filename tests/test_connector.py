@@ -133,10 +133,18 @@ def test_audio_becomes_a_fixed_number_of_vectors_as_wide_as_the_llm(asr, llm, au
 
 
 def test_a_fresh_connector_holds_the_arrays_of_the_recognisers_decoder(asr, llm):
-    """All of them, as float32 master weights even if the recogniser is kept in half precision."""
+    """All of them, as float32 master weights even if the recogniser is kept in half precision; but
+    its last norm, which keeps its direction and speaks at variance 1."""
     half = jax.tree.map(lambda x: x.astype(jnp.float16), asr)
     diva = connector.DiVA.create(half, llm, None, jax.random.key(0))
-    assert_same(diva.connector.decoder, jax.tree.map(lambda x: x.astype(jnp.float32), half.decoder))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half.decoder)
+    norm, theirs = diva.connector.decoder.layer_norm, wide.layer_norm
+    assert float((norm.weight**2 + norm.bias**2).mean()) == pytest.approx(1, rel=1e-5)
+    ratio = norm.weight[0] / theirs.weight[0]
+    for ours, said in ((norm.weight, theirs.weight), (norm.bias, theirs.bias)):
+        np.testing.assert_allclose(ours, said * ratio, rtol=1e-5)
+    restored = eqx.tree_at(lambda d: d.layer_norm, diva.connector.decoder, theirs)
+    assert_same(restored, wide)
     assert_same(diva.encoder, half.encoder)
     assert_same(diva.llm, llm)
     assert {x.dtype for x in jax.tree.leaves(diva.connector)} == {jnp.dtype(jnp.float32)}

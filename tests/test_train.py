@@ -30,6 +30,7 @@ import pytest
 import soundfile
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+from matplotlib.image import imread
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import connector
@@ -40,7 +41,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import command, cost, files, recipe, record, sharding
+from runtime import answers, command, cost, files, recipe, record, sharding
 
 STEPS, UNTIL = 30, 14
 WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
@@ -337,12 +338,12 @@ def test_the_mean_embeddings_alignment_is_known_from_the_start(finished, root):
 def test_a_shorter_window_leaves_longer_clips_out(root, tmp_path, monkeypatch, caplog):
     """Counted, never cut; and the work of a clip is that of the shorter window."""
     monkeypatch.chdir(root)
-    whole, _, work = train.claim(config_of(root, tmp_path / "whole"))
-    short, _, less = train.claim(config_of(root, tmp_path / "short", window=0.4))
+    whole, *_, work = train.claim(config_of(root, tmp_path / "whole"))
+    short, *_, less = train.claim(config_of(root, tmp_path / "short", window=0.4))
     frames = {clip.audio: soundfile.info(clip.audio).frames for clip in whole.clips}
     assert {c.audio for c in short.clips} == {a for a, n in frames.items() if n <= 6400}
     assert short.too_long == len(whole.clips) - len(short.clips) > 0
-    assert short.window_samples == 6400 and less < work
+    assert short.window_samples == 6400 and sum(less(8, 0).values()) < sum(work(8, 0).values())
     mesh = sharding.make_mesh(8)
     turn = {"prefix": [1], "suffix": [2]}
     config = config_of(root, tmp_path / "short", window=0.4)
@@ -452,7 +453,10 @@ def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
 
     @jax.jit
     def teacher(llm):
-        rows, last = connector.text_turn(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix)
+        rows, last = connector.text_turn(
+            *(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix),
+            jnp.zeros((len(padded), 0), jnp.int32),
+        )
         return llm(llm.embed(rows))[jnp.arange(len(rows)), last]
 
     states = teacher(llm)
@@ -499,13 +503,14 @@ def test_gradient_reaches_every_query_and_trained_array(root, tmp_path, losses):
 
 
 def test_response_loss_chooses_the_distance():
-    """l2, gram and kl each give what distill_loss gives; an undecoded clip counts in none."""
+    """l2, gram and kl each give what distill_loss gives; an undecoded clip counts in none, and the
+    states of an answer share its clip's weight."""
     rng = np.random.default_rng(0)
     student, teacher, matrix = (
         rng.normal(size=s).astype(np.float32) for s in [(4, 6)] * 2 + [(9, 6)]
     )
     weight = jnp.array([1.0, 1.0, 1.0, 0.0])
-    rest = weight, jnp.asarray(matrix), distill_loss.gram_matrix(jnp.asarray(matrix))
+    rest = jnp.asarray(matrix), distill_loss.gram_matrix(jnp.asarray(matrix))
     d = (student - teacher)[:3].astype(np.float64)
     centred = matrix - matrix.mean(0)
     p, q = (np.exp(x[:3] @ matrix.T) for x in (teacher, student))
@@ -516,8 +521,205 @@ def test_response_loss_chooses_the_distance():
         "kl": (p * np.log(p / q)).sum(1).mean(),
     }
     for kind, value in expected.items():
-        found = distill_loss.response(kind, jnp.asarray(student), jnp.asarray(teacher), *rest)
-        np.testing.assert_allclose(found, value, rtol=1e-4, err_msg=kind)
+        for counts in ([1, 1, 1, 1], [3, 1, 2, 3]):  # the same state thrice: the same mean
+            states = [jnp.repeat(jnp.asarray(x)[:, None], 3, axis=1) for x in (student, teacher)]
+            shared = distill_loss.by_state(weight, jnp.asarray(counts), 3)
+            np.testing.assert_array_equal((shared > 0).sum(1), [*counts[:3], 0])
+            found = distill_loss.response(kind, *states, shared, *rest)
+            np.testing.assert_allclose(found, value, rtol=1e-4, err_msg=kind)
+
+
+# ------------------------------------------------------------------------------------ whole answers
+
+
+TRANSCRIPTS = [8], [9, 10, 11], [12, 8], [9, 10, 11], [13] * 5
+
+
+def asked(root: Path, out: Path, most: int, stop_ids: tuple[int, ...], fsdp: int = 1) -> tuple:
+    """An LLM on `fsdp` devices, some prompts, and what it answers to them."""
+    mesh = sharding.make_mesh(fsdp, devices=jax.devices()[:fsdp])
+    sizes = weights.read_config(llama.LlamaConfig, root / "llama")
+    llm = checks.random_weights(
+        weights.abstract(llama.Llama.init, sizes, jax.random.key(0)), 3, 1.0
+    )
+    llm = sharding.place(llm, mesh)  # one that does not say the same all the time
+    prefix, suffix = llama.Chat.load(root / "llama").wrap()
+    turn, config = {"prefix": prefix, "suffix": suffix}, config_of(root, out)
+    ids = [np.array(text, np.int32) for text in TRANSCRIPTS]
+    found = answers.ask(llm, stop_ids, turn, config, mesh, ids, most)
+    return llm, [[*prefix, *text, *suffix] for text in TRANSCRIPTS], found
+
+
+def test_the_teacher_answers_as_it_does_when_asked_alone(root, tmp_path, capsys):
+    """Token for token, by a loop over the plain forward pass; to the first stop token, or cut."""
+    llm, prompts, free = asked(root, tmp_path, 6, (99,))
+    assert [len(answer) for answer in free] == [6] * 5
+    assert "5 tokens" not in capsys.readouterr().out
+    stop = int(free[0][3])
+    _, _, found = asked(root, tmp_path, 6, (stop, 99))
+    forward = jax.jit(lambda llm, rows: llm.logits(llm(llm.embed(rows))).argmax(-1))
+    for prompt, answer in zip(prompts, found, strict=True):
+        expected = []
+        while len(expected) < 6 and stop not in expected:
+            tokens = np.zeros((1, 40), np.int32)
+            tokens[0, : len(prompt) + len(expected)] = [*prompt, *expected]
+            expected.append(int(forward(llm, tokens)[0, len(prompt) + len(expected) - 1]))
+        assert answer.tolist() == expected
+    assert len(found[0]) == 4 and found[0][-1] == stop, free
+    assert max(map(len, found)) == 6  # others were cut: they say so
+    told = capsys.readouterr().out
+    assert "the teacher answers 4 transcripts: " in told and "of them cut at 6" in told
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_many_devices_answer_as_one_does(root, tmp_path, fsdp):
+    one = asked(root, tmp_path / "one", 5, (99,))[2]
+    many = asked(root, tmp_path / "many", 5, (99,), fsdp)[2]
+    assert [row.tolist() for row in one] == [row.tolist() for row in many]
+
+
+def test_answers_are_asked_once_for_an_llm_a_template_a_limit_and_a_text(
+    root, tmp_path, monkeypatch
+):
+    """What was written is read again; what was not yet, or is of another kind, is asked."""
+    monkeypatch.setattr(answers, "PART", 2)
+    before = asked(root, tmp_path, 4, (99,))[2]
+    written = sorted((tmp_path / "answers").iterdir())
+    assert len(written) == 2  # of 4 different transcripts
+    written[0].unlink()
+    real, parts = answers._ask_some, []
+    monkeypatch.setattr(answers, "_ask_some", lambda *a: parts.append(a[1]) or real(*a))
+    after = asked(root, tmp_path, 4, (99,))[2]
+    assert [row.tolist() for row in before] == [row.tolist() for row in after]
+    assert len(parts) == 1 and len(parts[0]) == 2
+    asked(root, tmp_path, 4, (99,))
+    assert len(parts) == 1
+    for changes in ({"most": 3}, {"stop_ids": (98,)}):
+        asked(root, tmp_path, **{"most": 4, "stop_ids": (99,)} | changes)
+    assert len(parts) == 5
+
+
+def test_every_state_of_an_answer_is_that_of_the_clip_alone(root, tmp_path):
+    """Student and teacher, for texts and answers of uneven lengths: behind suffix and answer, with
+    nothing padded. And the losses count each clip's answer once, whatever its length."""
+    run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
+    diva, prefix, suffix = eqx.combine(run.params, run.frozen.diva), *run.frozen[1:3]
+    batch = jax.tree.map(jnp.asarray, next(run.batches))
+    said = [np.arange(8, 8 + n, dtype=np.int32) for n in (1, 4, 2, 3, 4, 1, 1, 2)]
+    batch["answers"] = jnp.stack([jnp.pad(a[:-1], (0, 4 - len(a))) for a in said])
+    batch["states"] = jnp.asarray([len(a) for a in said])
+    batch["weights"] = batch["weights"].at[3].set(0.0)
+    heard = (batch[name] for name in ("audio", "ids", "lengths"))
+    out = eqx.filter_jit(diva)(*heard, prefix, suffix, batch["answers"])
+    assert out.student.shape[:2] == out.teacher.shape[:2] == (8, 4)
+    llm, distances = diva.llm, []
+    for i, answer in enumerate(map(jnp.asarray, said)):
+        words, n = batch["ids"][i, : int(batch["lengths"][i])], len(answer)
+        text = llm.embed(jnp.concatenate([prefix, words, suffix, answer[:-1]])[None])
+        turn = diva.embed_turn(out.virtual[i : i + 1], prefix, suffix)
+        speech = jnp.concatenate([turn, llm.embed(answer[None, :-1])], axis=1)
+        teacher, student = llm(text)[0, -n:], llm(speech)[0, -n:]
+        np.testing.assert_allclose(out.teacher[i, :n], teacher, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.student[i, :n], student, rtol=1e-4, atol=1e-4)
+        distances.append(np.linalg.norm(student - teacher, axis=-1).mean())
+    metrics = train.loss_fn(run.params, run.frozen, batch, run.recipe)[1][0]
+    expected = np.mean([d for i, d in enumerate(distances) if i != 3])
+    np.testing.assert_allclose(metrics["response"], expected, rtol=1e-4)
+
+
+def test_a_run_on_whole_answers_goes_on_as_if_it_had_not_stopped(root, tmp_path, monkeypatch):
+    """Bit for bit, and the teacher is not asked again; the answers belong to the recipe."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = {"response_tokens": 3, "steps": 6, "save_every": 2}
+    train.run(config_of(root, whole, **changes))
+    train.run(config_of(root, cut, until=3, **changes))
+    monkeypatch.setattr(answers, "_ask_some", None)
+    train.run(config_of(root, cut, **changes))
+    a, b = ((folder / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert a == b
+    with pytest.raises(ValueError, match="response_tokens was 3, now 'all'"):
+        train.run(config_of(root, cut, **changes | {"response_tokens": "all"}))
+
+
+def test_micro_batches_of_answers_add_up_too(root, tmp_path):
+    """Answers of uneven lengths in parts of uneven weights."""
+    run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
+    batch = jax.tree.map(jnp.asarray, next(run.batches))
+    batch["answers"] = jnp.arange(24).reshape(8, 3) % 12 + 8
+    batch["states"] = jnp.asarray([1, 4, 2, 3, 4, 1, 1, 2])
+    batch["weights"] = batch["weights"].at[0].set(0.0)
+    given = (run.params, run.frozen, batch, run.recipe, "attention")
+    whole, (losses, _) = jax.jit(train.gradients, static_argnums=(3, 4, 5))(*given, None)
+    parts, (sums, _) = jax.jit(train.gradients, static_argnums=(3, 4, 5))(*given, 2)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), whole, parts)
+    for name, value in losses.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+
+
+# ------------------------------------------------------------------------- clips that are watched
+
+
+def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeypatch):
+    """KL over each answer's tokens, then over clips; and the share of words that are nearest to
+    their virtual tokens: in float64, one clip at a time."""
+    monkeypatch.setattr(answers, "MOST", 4)
+    config = config_of(root, tmp_path, fsdp=1, watch="train", queries=6)
+    mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
+    _, state, _, batch, _ = train.start(config, mesh)
+    found = train.watch(state[0], state[2], batch, mesh)
+    diva, prefix, suffix = eqx.combine(state[0], state[2].diva), *state[2][1:3]
+    virtual = eqx.filter_jit(diva.virtual_tokens)(batch["audio"])
+    kls, right, words = [], 0, 0
+    out = np.asarray(diva.llm.output_matrix, np.float64)
+    table = np.asarray(diva.llm.model.embed_tokens.weight, np.float64)
+    for i, n in enumerate(np.asarray(batch["lengths"])):
+        said, ids = int(batch["states"][i]), batch["ids"][i, :n]
+        answer = batch["answers"][i, : said - 1]
+        text = diva.llm.embed(jnp.concatenate([prefix, ids, suffix, answer])[None])
+        speech = [diva.embed_turn(virtual[i : i + 1], prefix, suffix), diva.llm.embed(answer[None])]
+        states = [diva.llm(x)[0, -said:] for x in (text, jnp.concatenate(speech, axis=1))]
+        p, q = (x - np.log(np.exp(x).sum(1, keepdims=True))
+                for x in (np.asarray(s, np.float64) @ out.T for s in states))  # fmt: skip
+        kls.append((np.exp(p) * (p - q)).sum(1).mean())
+        far = np.linalg.norm(np.asarray(virtual)[i, -n:, None] - table, axis=-1)
+        right, words = right + int((far.argmin(1) == np.asarray(ids)).sum()), words + int(n)
+    assert float(found["kl"]) == pytest.approx(np.mean(kls), rel=1e-4)
+    assert float(found["heard"]) == pytest.approx(right / words, abs=1e-6)
+
+
+def test_what_is_watched_is_written_drawn_and_changes_nothing(root, finished, tmp_path, capsys):
+    """At the first step and every watch_every steps; the student is the same to the bit."""
+    train.run(config_of(root, tmp_path, watch="train", watch_every=10))
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows if "kl" in row] == [0, 9, 19, 29]
+    assert all(row["kl"] > 0 and 0 <= row["heard"] <= 1 for row in rows if "kl" in row)
+    assert rows[29]["kl"] < rows[0]["kl"]
+    assert "% of the words heard" in capsys.readouterr().out
+    a, b = ((f / "model.safetensors").read_bytes() for f in (tmp_path, finished))
+    assert a == b
+    drawn = [imread(f / "loss.png").shape for f in (tmp_path, finished)]
+    assert drawn[0][0] > drawn[1][0] and drawn[0][1] == drawn[1][1]
+
+
+def test_clips_beside_a_manifest_are_watched_by_their_own(root, tmp_path):
+    """A manifest has no splits: its other clips are another manifest, never itself."""
+    for name, count in (("train", 8), ("dev", 3)):
+        lines = [{"audio": f"{root}/cv/clips/{i}.wav", "text": "one two"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    config = config_of(root, tmp_path / "out", data=str(tmp_path / "train.jsonl"))
+    config = dataclasses.replace(config, watch=str(tmp_path / "dev.jsonl"))
+    assert len(train.claim(config).watched.clips) == 3
+    with pytest.raises(FileNotFoundError, match="dev: no such file"):
+        train.claim(dataclasses.replace(config, watch="dev"))
+
+
+@pytest.mark.parametrize(("given", "meant"), [("1", 1), ("16", 16), ("all", "all")])
+def test_response_tokens_are_a_number_or_all(given, meant, capsys):
+    assert recipe.parse(["--response-tokens", given]).response_tokens == meant
+    assert recipe.parse(["--preset", "diva-8b"]).response_tokens == 1
+    with pytest.raises(SystemExit, match="2"):
+        recipe.parse(["--response-tokens", "0"])
+    assert "--response-tokens 0: expected at least 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ the run

@@ -120,13 +120,17 @@ def mel_products(asr: whisper.WhisperConfig) -> int:
     return 2 * frames * (whisper.FFT_SIZE // 2 + 1) * asr.num_mel_bins
 
 
+@pytest.mark.parametrize("answer", [0, 5])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("asr", [ASR, dataclasses.replace(ASR, d_model=48, decoder_layers=1)])
-def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, monkeypatch):
+def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, answer, monkeypatch):
     """Exactly: a walk through the traced gradient of the loss finds the products by hand, those
-    that `recompute` does again, and the mel filters."""
+    that `recompute` does again, and the mel filters; with an answer behind the turn too."""
     monkeypatch.setitem(globals(), "ASR", asr)
     config, (params, _, frozen), batch = abstract_step(2, 1)
+    if answer:
+        batch["answers"] = jax.ShapeDtypeStruct((2, answer), np.int32)
+        batch["states"] = jax.ShapeDtypeStruct((2,), np.int32)
 
     def gradient(params, frozen, batch):
         return jax.grad(train.loss_fn, has_aux=True)(
@@ -134,7 +138,8 @@ def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, monkeypatch):
         )
 
     found = 2 * multiply_adds(jax.make_jaxpr(gradient)(params, frozen, batch).jaxpr)
-    by_hand = sum(cost.flops(asr, LLM, QUERIES, TURN, TEXT).values())
+    by_hand = sum(cost.flops(asr, LLM, QUERIES, TURN, TEXT, answer).values())
+    monkeypatch.setitem(globals(), "TURN", TURN + answer)
     assert found / 2 == by_hand + computed_again(asr, LLM, QUERIES, way) + mel_products(asr)
 
 

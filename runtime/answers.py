@@ -1,0 +1,124 @@
+"""Answers: what the teacher says to every transcript, asked once, before step 0.
+
+From the second response token on, both branches of a step are fed the words before it: those that
+the LLM itself, reading the transcript, answers greedily. They depend on nothing that is trained, so
+all of them are asked in batches and written down:
+
+    OUT/answers/DIGEST.json    to PART prompts, under a digest of all that decides the answers
+
+A run that goes on reads them again. Of several processes each answers its share of every batch.
+
+Reads: llama.py, generate.py, files.py, sharding.py, record.py.   Read next: train.py.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import time
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Int32
+
+import generate
+import llama
+from runtime import files, record, sharding
+
+AT_ONCE = 32  # prompts that a device answers together
+PART = 1024  # prompts in a file
+MOST = 64  # tokens of a whole answer
+
+
+def limit(response_tokens: int | Literal["all"]) -> int:
+    """Tokens of the longest answer, its stop token included."""
+    return MOST if response_tokens == "all" else response_tokens
+
+
+def ask(
+    llm: llama.Llama,
+    stop_ids: tuple[int, ...],
+    turn: dict[str, list[int]],
+    config: Any,
+    mesh: Mesh,
+    ids: list[Int32[np.ndarray, "_"]],
+    most: int,
+) -> list[Int32[np.ndarray, "_"]]:
+    """The tokens that `llm` answers to each transcript: at most `most`; its stop token is the last,
+    if it came to it.
+
+    Args:
+        turn: prefix and suffix of the chat template.
+        config: its out, llm and dtype are asked for.
+        ids: the tokens of each transcript.
+    """
+    before, behind = np.asarray(turn["prefix"]), np.asarray(turn["suffix"])
+    prompts = [np.concatenate([before, row, behind]) for row in ids]
+    name, out = f"{config.llm} {config.dtype}", epath.Path(config.out)
+    unique = list({row.tobytes(): row.tolist() for row in prompts}.values())
+    longest, began, said = max(map(len, unique)), time.perf_counter(), {}
+    speaks = jax.process_index() == 0
+    if speaks:
+        print(f"the teacher answers {len(unique):,} transcripts", end="", flush=True)
+    for first in range(0, len(unique), PART):
+        part = unique[first : first + PART]
+        key = json.dumps([name, stop_ids, most, part]).encode()
+        file = out / "answers" / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
+        if sharding.from_first(file.is_file):
+            answers = files.read_json(file)["answers"]
+        else:
+            answers = _ask_some(llm, part, stop_ids, most, longest, mesh)
+            if speaks:
+                with record.writing(file):
+                    files.write_text(file, json.dumps({"answers": answers}) + "\n")
+        said |= zip(map(tuple, part), answers, strict=True)
+    found = [np.asarray(said[tuple(row.tolist())], np.int32) for row in prompts]
+    if speaks:
+        cut = sum(answer[-1] not in stop_ids for answer in found)
+        print(
+            f": {time.perf_counter() - began:.0f} s, {np.mean([*map(len, found)]):.1f} tokens each"
+            + (f", {cut / len(found):.0%} of them cut at {most}" if cut else "")
+        )
+    return found
+
+
+def _ask_some(
+    llm: llama.Llama,
+    part: list[list[int]],
+    stop_ids: tuple[int, ...],
+    most: int,
+    longest: int,
+    mesh: Mesh,
+) -> list[list[int]]:
+    """The answers to some prompts, in batches of one shape."""
+    size = AT_ONCE * mesh.size
+    padded = np.zeros((math.ceil(len(part) / size) * size, longest), np.int32)
+    lengths = np.ones(len(padded), np.int32)
+    for i, row in enumerate(part):
+        padded[i, : len(row)], lengths[i] = row, len(row)
+    mine = size // jax.process_count()
+    answers: list[list[int]] = []
+    for first in range(0, len(padded), size):
+        own = first + jax.process_index() * mine
+        rows = {"ids": padded[own : own + mine], "lengths": lengths[own : own + mine]}
+        rows = sharding.to_devices(rows, mesh)
+        tokens = _answer(llm, rows["ids"], rows["lengths"], most, stop_ids)
+        answers += np.asarray(sharding.on_host(tokens)).tolist()
+    ends = ((*row, stop_ids[0]).index(stop_ids[0]) + 1 for row in answers)
+    return [row[:end] for row, end in zip(answers[: len(part)], ends, strict=False)]
+
+
+@sharding.on_mesh
+@functools.partial(jax.jit, static_argnames=("most", "stop_ids"))
+def _answer(
+    llm: llama.Llama,
+    ids: Int[Array, "B L"],
+    lengths: Int[Array, "B"],
+    most: int,
+    stop_ids: tuple[int, ...],
+) -> Int[Array, "B most"]:
+    more = {"max_new_tokens": most, "stop_ids": stop_ids}
+    return generate.generate(llm, llm.embed(ids), lengths, **more)
