@@ -193,13 +193,8 @@ class Corpus:
     wordless: int = 0  # left out: no token at all
     max_tokens: int = 0
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
-    # What the teacher answers to each clip, if more of it is distilled than where it begins.
-    answers: list[Int32[np.ndarray, "_"]] | None = None
-
-    @property
-    def answer_length(self) -> int:
-        """A: tokens of an answer that are fed. Its last one is only predicted."""
-        return max(map(len, self.answers)) - 1 if self.answers else 0
+    # What else a batch says of its clips: int32 [clips, ...] by name.
+    more: dict[str, Int32[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
 
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
@@ -277,8 +272,7 @@ def batches(
 
     audio f32 [B, S], ids int32 [B, L] (0-padded), lengths int32 [B], weights f32 [B]: 0 for a clip
     that cannot be decoded, which is then silence, named in the log once, and in corpus.undecodable.
-    With answers, these but for their last tokens, int32 [B, A], and states int32 [B]: how many
-    states say each.
+    Beside these, what of corpus.more is theirs.
     Raises ValueError if the processes cannot share the batch equally.
     """
     if batch_size % process_count:
@@ -292,17 +286,12 @@ def batches(
     def load(index: int) -> dict[str, np.ndarray]:
         row = corpus.ids[index]
         sound, heard = samples(index)
-        sample = {
+        return {
             "audio": recording.pad([sound], corpus.window_samples)[0],
             "ids": np.pad(row, (0, corpus.max_length - len(row))),
             "lengths": np.int32(len(row)),
             "weights": np.float32(heard),
-        }
-        if corpus.answer_length:
-            fed, states = corpus.answers[index][:-1], len(corpus.answers[index])
-            sample["answers"] = np.pad(fed, (0, corpus.answer_length - len(fed)))
-            sample["states"] = np.int32(states)
-        return sample
+        } | {name: rows[index] for name, rows in corpus.more.items()}
 
     import grain  # takes a second: only who trains waits for it
 
@@ -314,17 +303,15 @@ def batches(
 
 
 def batch_shapes(
-    batch_size: int, window_samples: int, max_length: int, answer_length: int = 0
+    batch_size: int, window_samples: int, max_length: int, **more: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `batches` gives, all processes together."""
+    """What `batches` gives, all processes together; `more`: shapes of corpus.more, for a clip."""
     shapes = {
         "audio": ((window_samples,), np.float32),
         "ids": ((max_length,), np.int32),
         "lengths": ((), np.int32),
         "weights": ((), np.float32),
-    }
-    if answer_length:
-        shapes |= {"answers": ((answer_length,), np.int32), "states": ((), np.int32)}
+    } | {name: (shape, np.int32) for name, shape in more.items()}
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
         for name, (shape, dtype) in shapes.items()

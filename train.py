@@ -247,8 +247,9 @@ def abstract_inputs(
     diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
     turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)]
     text = min(cost.TEXT, config.queries or asr.max_target_positions)
-    answer = answers.limit(config.response_tokens) - 1
-    batch = data.batch_shapes(config.batch_size, asr.window_samples, text, answer)
+    most = answers.limit(config.response_tokens)
+    more = {"answers": (most - 1,), "states": ()} if most > 1 else {}
+    batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
     return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
 
 
@@ -312,16 +313,16 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | N
     record.note_baseline(epath.Path(config.out), watching.mean_embedding(llm, corpus, mesh))
     ask = functools.partial(answers.ask, llm, chat.stop_ids, turn, config, mesh)
     if most > 1:
-        corpus.answers = ask(corpus.ids, most)
+        corpus.more |= ask(corpus, most)
     watched = None
     if others:
-        others.answers = ask(others.ids, answers.MOST)
+        others.more |= ask(others, answers.MOST)
         size = mesh.size * math.ceil(len(others.ids) / mesh.size)
         watched = next(data.batches(others, batch_size=size, seed=0, **sharding.process()))
         watched = sharding.to_devices(watched, mesh)
-    lengths = corpus.max_length, corpus.answer_length
-    work = sum(work_on(*lengths).values())
-    batch = data.batch_shapes(config.batch_size, corpus.window_samples, *lengths)
+    more = {name: rows.shape[1:] for name, rows in corpus.more.items()}
+    work = sum(work_on(corpus.max_length, *more.get("answers", ())).values())
+    batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
     compiled, recompute = compile_step(config, mesh, sharding.room_here(), state, batch)

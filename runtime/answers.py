@@ -8,7 +8,7 @@ all of them are asked in batches and written down:
 
 A run that goes on reads them again. Of several processes each answers its share of every batch.
 
-Reads: llama.py, generate.py, files.py, sharding.py, record.py.   Read next: train.py.
+Reads: llama.py, generate.py, data.py, files.py, sharding.py, record.py.   Read next: train.py.
 """
 
 import functools
@@ -24,6 +24,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Int32
 
+import data
 import generate
 import llama
 from runtime import files, record, sharding
@@ -41,22 +42,43 @@ def limit(response_tokens: int | Literal["all"]) -> int:
 def ask(
     llm: llama.Llama,
     stop_ids: tuple[int, ...],
-    turn: dict[str, list[int]],
+    turn: dict[str, Any],
     config: Any,
     mesh: Mesh,
-    ids: list[Int32[np.ndarray, "_"]],
+    corpus: data.Corpus,
     most: int,
-) -> list[Int32[np.ndarray, "_"]]:
-    """The tokens that `llm` answers to each transcript: at most `most`; its stop token is the last,
-    if it came to it.
+) -> dict[str, Int32[np.ndarray, "clips ..."]]:
+    """What `llm` answers to each transcript, at most `most` tokens, for `corpus.more`.
+
+    answers [clips, A] are all tokens but the last, which is only predicted, 0-padded; states
+    [clips] is how many say an answer: all its tokens, and the stop token if it came to it.
 
     Args:
-        turn: prefix and suffix of the chat template.
+        turn: prefix and suffix of the chat template; with instructions, the prefix of each.
         config: its out, llm and dtype are asked for.
-        ids: the tokens of each transcript.
     """
-    before, behind = np.asarray(turn["prefix"]), np.asarray(turn["suffix"])
-    prompts = [np.concatenate([before, row, behind]) for row in ids]
+    behind, prefixes = np.asarray(turn["suffix"]), turn.get("prefixes", [turn["prefix"]])
+    under = corpus.more.get("instruction", np.zeros(len(corpus.ids), np.int32))
+    prompts = [
+        np.concatenate([prefixes[i], row, behind]).astype(np.int32)
+        for i, row in zip(under, corpus.ids, strict=True)
+    ]
+    found = _ask_all(llm, stop_ids, prompts, config, mesh, most)
+    fed = np.zeros((len(found), max(map(len, found)) - 1), np.int32)
+    for row, answer in zip(fed, found, strict=True):
+        row[: len(answer) - 1] = answer[:-1]
+    return {"answers": fed, "states": np.asarray([*map(len, found)], np.int32)}
+
+
+def _ask_all(
+    llm: llama.Llama,
+    stop_ids: tuple[int, ...],
+    prompts: list[Int32[np.ndarray, "_"]],
+    config: Any,
+    mesh: Mesh,
+    most: int,
+) -> list[list[int]]:
+    """The tokens that are answered to each prompt; a stop token, if any, is the last."""
     name, out = f"{config.llm} {config.dtype}", epath.Path(config.out)
     unique = list({row.tobytes(): row.tolist() for row in prompts}.values())
     longest, began, said = max(map(len, unique)), time.perf_counter(), {}
@@ -75,7 +97,7 @@ def ask(
                 with record.writing(file):
                     files.write_text(file, json.dumps({"answers": answers}) + "\n")
         said |= zip(map(tuple, part), answers, strict=True)
-    found = [np.asarray(said[tuple(row.tolist())], np.int32) for row in prompts]
+    found = [said[tuple(row.tolist())] for row in prompts]
     if speaks:
         cut = sum(answer[-1] not in stop_ids for answer in found)
         print(
