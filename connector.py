@@ -13,7 +13,6 @@ the LLM, P and R length of the chat template before and after the user's words, 
 A tokens of an answer that are fed, K = A + 1 states that say it, V vocabulary.
 
 Annex: `sharding.gather` brings split arrays to the device that computes with them.
-
 Source: Held et al. 2024, section 3.
 Reads: weights.py, whisper.py, llama.py.   Read next: distill_loss.py.
 """
@@ -139,33 +138,38 @@ class DiVA(eqx.Module):
 
     @property
     def window_samples(self) -> int:
-        positions = self.encoder.embed_positions.weight.shape[0]
-        return positions * whisper.FRAMES_PER_POSITION * whisper.HOP
+        return len(self.encoder.embed_positions.weight) * whisper.FRAMES_PER_POSITION * whisper.HOP
 
     def __call__(
         self,
         audio: Float[Array, "B S"],
         ids: Int[Array, "B L"],
         lengths: Int[Array, "B"],
-        prefix: Int[Array, "P"],
+        prefix: Int[Array, "*B P"],
         suffix: Int[Array, "R"],
         answers: Int[Array, "B A"] | None = None,
+        pads: Int[Array, "B"] | None = None,
         recompute: sharding.Recompute = "layers",
     ) -> Pass:
         """The whole method: the LLM once as student, on speech, and once as teacher, on its
         transcript `ids`, both between the same `prefix` and `suffix` of the chat template, and both
-        with the teacher's answer behind it, but for its last token (None: it has but one)."""
+        with the teacher's answer behind it, but for its last token (None: it has but one). If each
+        clip has a prefix of its own, its first `pads` tokens are padding."""
         answers = ids[:, :0] if answers is None else answers
         states = self.listen(audio)
         virtual = self.connector(states, recompute)
         targets, said = self.llm.embed(ids), self.llm.embed(answers)
         speech = jnp.concatenate([self.embed_turn(virtual, prefix, suffix), said], axis=1)
         text, last = text_turn(ids, lengths, prefix, suffix, answers)
+        ends = jnp.full_like(last, speech.shape[1] - 1 - answers.shape[1]), last
+        if pads is not None:  # they go to the end, out of sight
+            move = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))
+            speech, text, ends = move(speech, pads), move(text, pads), (end - pads for end in ends)
         # Side by side, so that each layer is gathered once for both.
-        student, teacher = self.llm((speech, self.llm.embed(text)), recompute)
-        at = last[:, None] + jnp.arange(answers.shape[1] + 1)
-        teacher = jax.lax.stop_gradient(jnp.take_along_axis(teacher, at[..., None], axis=1))
-        return Pass(states, virtual, targets, student[:, -at.shape[1] :], teacher)
+        both = self.llm((speech, self.llm.embed(text)), recompute)
+        at = [end[:, None, None] + jnp.arange(answers.shape[1] + 1)[:, None] for end in ends]
+        student, teacher = map(functools.partial(jnp.take_along_axis, axis=1), both, at)
+        return Pass(states, virtual, targets, student, jax.lax.stop_gradient(teacher))
 
     @staticmethod
     def create(
@@ -268,11 +272,11 @@ class DiVA(eqx.Module):
         return self.connector(self.listen(audio))
 
     def embed_turn(
-        self, virtual: Float[Array, "B Q E"], prefix: Int[Array, "P"], suffix: Int[Array, "R"]
+        self, virtual: Float[Array, "B Q E"], prefix: Int[Array, "*B P"], suffix: Int[Array, "R"]
     ) -> Float[Array, "B positions E"]:
         """The user's turn as the LLM's input: template, virtual tokens, template."""
         before, after = (
-            self.llm.embed(jnp.broadcast_to(ids, (len(virtual), len(ids))))
+            self.llm.embed(jnp.broadcast_to(ids, (len(virtual), ids.shape[-1])))
             for ids in (prefix, suffix)
         )
         return jnp.concatenate([before, virtual.astype(before.dtype), after], axis=1)
@@ -281,7 +285,7 @@ class DiVA(eqx.Module):
 def text_turn(
     ids: Int[Array, "B L"],
     lengths: Int[Array, "B"],
-    prefix: Int[Array, "P"],
+    prefix: Int[Array, "*B P"],
     suffix: Int[Array, "R"],
     answers: Int[Array, "B A"],
 ) -> tuple[Int[Array, "B positions"], Int[Array, "B"]]:
@@ -290,14 +294,14 @@ def text_turn(
     Each row is [prefix; transcript; suffix; answer; padding]; the state that predicts the response
     stands at the end of the suffix, and the causal mask keeps the padding out of sight.
     """
-    before, after = prefix.shape[0], suffix.shape[0]
+    before, after = prefix.shape[-1], suffix.shape[0]
     behind = jnp.concatenate([jnp.broadcast_to(suffix, (len(ids), after)), answers], axis=1)
     position = jnp.arange(before + ids.shape[1] + behind.shape[1])
     start = before + lengths[:, None]  # [B, 1] where the suffix begins
     text = ids[:, jnp.clip(position - before, 0, ids.shape[1] - 1)]
     at = jnp.clip(position - start, 0, behind.shape[1] - 1)
     tail = jnp.take_along_axis(behind, at, axis=1)
-    head = prefix[jnp.clip(position, 0, before - 1)]
+    head = prefix[..., jnp.clip(position, 0, before - 1)]
     row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
     return row, lengths + before + after - 1
 
@@ -423,12 +427,8 @@ def templates(path: str | Path, dtype) -> tuple[Any, Any, Any]:
     """The shapes of what is loaded for a DiVA checkpoint: its Whisper, its Llama, its connector."""
     folder = weights.resolve(path)
     asr, llm = map(weights.resolve, references(folder))
-    published = (
-        whisper.Whisper.published(asr, dtype),
-        llama.Llama.published(llm, dtype),
-        DiVA.published(folder, dtype),
-    )
-    return tuple(one.template for one in published)
+    frozen = whisper.Whisper.published(asr, dtype), llama.Llama.published(llm, dtype)
+    return tuple(one.template for one in (*frozen, DiVA.published(folder, dtype)))
 
 
 def heard_by(path: str | Path) -> whisper.WhisperConfig:

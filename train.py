@@ -31,6 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -59,8 +60,9 @@ class Frozen(NamedTuple):
     """What the step reads and never changes."""
 
     diva: connector.DiVA  # encoder and LLM; None where the trained arrays belong
-    prefix: Int[Array, "P"]  # the chat template before the user's words, BOS included
+    prefix: Int[Array, "*I P"]  # the chat template before the user's words, BOS included
     suffix: Int[Array, "R"]  # the template behind them, up to where the response begins
+    pads: Int[Array, "I"] | None  # with --instructions: tokens of each prefix that are padding
     gram: Float[Array, "E E"] | None  # for --response-loss gram
 
 
@@ -76,8 +78,11 @@ def forward(
 ) -> tuple[connector.Pass, Float[Array, "B K"]]:
     """What the student makes of a batch, and the teacher; and what each state of an answer counts:
     where the response begins alone, or all that say the batch's answers, if it has any."""
-    given = *(batch[name] for name in ("audio", "ids", "lengths")), frozen.prefix, frozen.suffix
-    out = eqx.combine(params, frozen.diva)(*given, batch.get("answers"), recompute)
+    prefix, pads, under = frozen.prefix, frozen.pads, batch.get("instruction", 0)
+    if pads is not None:
+        prefix, pads = prefix[under], pads[under]
+    given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
+    out = eqx.combine(params, frozen.diva)(*given, batch.get("answers"), pads, recompute)
     counts = batch.get("states", jnp.ones_like(batch["lengths"]))
     return out, distill_loss.by_state(batch["weights"], counts, out.student.shape[1])
 
@@ -215,7 +220,7 @@ def with_dtype(config: Config, platform: str) -> Config:
 
 def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tuple:
     """(trained arrays, optimizer state, Frozen), split by one rule: arrays, or shapes if `diva` has
-    shapes. `turn`: prefix and suffix of the template."""
+    shapes. `turn`: prefix, suffix and pads of the template."""
 
     def make(function: Any, x: Any) -> Any:
         found = sharding.place(jax.eval_shape(function, x), mesh)
@@ -236,8 +241,7 @@ def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
     models = (config.whisper, config.llm, config.queries)
     diva = where(connector.DiVA.untrained(*models, key, dtype, where, config.window))
-    template = [np.asarray(turn[side], np.int32) for side in ("prefix", "suffix")]
-    return state_of(config, diva, template, mesh)
+    return state_of(config, diva, answers.template(turn), mesh)
 
 
 def abstract_inputs(
@@ -245,7 +249,7 @@ def abstract_inputs(
 ) -> tuple[tuple, dict[str, Any]]:
     """Shapes and shardings of `start_state` and of a batch, from the sizes of the models alone."""
     diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
-    turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)]
+    turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)] + [None]
     text = min(cost.TEXT, config.queries or asr.max_target_positions)
     most = answers.limit(config.response_tokens)
     more = {"answers": (most - 1,), "states": ()} if most > 1 else {}
@@ -297,9 +301,16 @@ def claim(config: Config) -> Claim:
     corpus = data.prepare(clips, *fitting)
     watched = watching.some(data.prepare(others, *fitting)) if others else None
     turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
+    if config.instructions:
+        said = answers.read_instructions(Path(config.instructions))
+        turn["prefixes"] = [turn["prefix"], *(chat.wrap(line)[0] for line in said)]
     recipe = dataclasses.asdict(recipe_of(config))
     turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
-    positions = len(turn["prefix"] + turn["suffix"])
+    before = answers.prefixes(turn)
+    if len(before) > 1:
+        drawn = answers.draw(len(before) - 1, len(corpus.ids), config.seed)
+        corpus.more["instruction"] = drawn
+    positions = max(map(len, before)) + len(turn["suffix"])
     work = functools.partial(cost.flops, asr, llm, queries, positions)
     return Claim(corpus, watched, chat, turn, work)
 

@@ -6,6 +6,9 @@ all of them are asked in batches and written down:
 
     OUT/answers/DIGEST.json    to PART prompts, under a digest of all that decides the answers
 
+Some clips may stand under an instruction, which teacher and student both read: one of a list, the
+same one all the time. No human answer is ever needed.
+
 A run that goes on reads them again. Of several processes each answers its share of every batch.
 
 Reads: llama.py, generate.py, data.py, files.py, sharding.py, record.py.   Read next: train.py.
@@ -16,6 +19,7 @@ import hashlib
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -32,11 +36,43 @@ from runtime import files, record, sharding
 AT_ONCE = 32  # prompts that a device answers together
 PART = 1024  # prompts in a file
 MOST = 64  # tokens of a whole answer
+INSTRUCTED = 0.5  # of the clips, where there are instructions
 
 
 def limit(response_tokens: int | Literal["all"]) -> int:
     """Tokens of the longest answer, its stop token included."""
     return MOST if response_tokens == "all" else response_tokens
+
+
+def read_instructions(file: Path) -> list[str]:
+    """One a line. Raises FileNotFoundError, or ValueError where there is none."""
+    if not (lines := [line.strip() for _, line in files.text_lines(file)]):
+        raise ValueError(f"{file}: no instruction; expected one on each line.")
+    return lines
+
+
+def draw(instructions: int, clips: int, seed: int) -> Int32[np.ndarray, "clips"]:
+    """Which instruction each clip stands under, from 1 on; 0, none, half of the time."""
+    rng = np.random.default_rng((seed, 1))
+    under = rng.integers(1, instructions + 1, clips)
+    return np.where(rng.random(clips) < INSTRUCTED, under, 0).astype(np.int32)
+
+
+def prefixes(turn: dict[str, Any]) -> list[list[int]]:
+    """What stands before the user's words without an instruction, then with each, if any."""
+    return turn.get("prefixes", [turn["prefix"]])
+
+
+def template(turn: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Prefix, suffix, pads as the step reads them: prefixes as long as the longest, the padding at
+    their heads; one prefix, and no pads, where there are no instructions."""
+    suffix, each = np.asarray(turn["suffix"], np.int32), prefixes(turn)
+    if len(each) == 1:
+        return np.asarray(each[0], np.int32), suffix, None
+    longest = max(map(len, each))
+    pads = np.asarray([longest - len(row) for row in each], np.int32)
+    rows = [[0] * n + row for n, row in zip(pads, each, strict=True)]
+    return np.asarray(rows, np.int32), suffix, pads
 
 
 def ask(
@@ -57,10 +93,9 @@ def ask(
         turn: prefix and suffix of the chat template; with instructions, the prefix of each.
         config: its out, llm and dtype are asked for.
     """
-    behind, prefixes = np.asarray(turn["suffix"]), turn.get("prefixes", [turn["prefix"]])
-    under = corpus.more.get("instruction", np.zeros(len(corpus.ids), np.int32))
+    before, under = prefixes(turn), corpus.more.get("instruction", [0] * len(corpus.ids))
     prompts = [
-        np.concatenate([prefixes[i], row, behind]).astype(np.int32)
+        np.concatenate([before[i], row, turn["suffix"]]).astype(np.int32)
         for i, row in zip(under, corpus.ids, strict=True)
     ]
     found = _ask_all(llm, stop_ids, prompts, config, mesh, most)

@@ -42,6 +42,9 @@ class Recipe:
     # States of the teacher's answer that are compared: 1 (the paper), where it begins; K, also
     # behind its first K - 1 tokens; all: to its end, 64 at most.
     response_tokens: int | Literal["all"] = 1
+    # File of instructions, one a line: half of the clips stand under one of them, in the system
+    # turn of teacher and student alike; None: the paper, no instruction.
+    instructions: str | None = None
     seed: int = 0  # Decides the initial queries and the order of the clips.
     # Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
     # and optimizer are float32 always.

@@ -666,6 +666,75 @@ def test_micro_batches_of_answers_add_up_too(root, tmp_path):
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
 
 
+# ------------------------------------------------------------------------------------ instructions
+
+
+@pytest.fixture
+def instructions(root, tmp_path) -> Path:
+    file = tmp_path / "instructions.txt"
+    file.write_text("red\n\nblue dog cat one\n", encoding="utf-8")
+    return file
+
+
+def test_under_an_instruction_both_read_it_and_nothing_else_changes(root, tmp_path, instructions):
+    """Each clip, whatever the length of its prefix, has the states that it has alone behind that
+    prefix without padding; student and teacher, an answer behind it."""
+    config = config_of(root, tmp_path / "out", fsdp=1, instructions=str(instructions))
+    config = dataclasses.replace(config, response_tokens=3)
+    mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
+    corpus, (params, _, frozen), *_ = train.start(config, mesh)
+    batch = jax.tree.map(jnp.asarray, next(data.batches(corpus, batch_size=8, seed=0)))
+    chat, diva = llama.Chat.load(root / "llama"), eqx.combine(params, frozen.diva)
+    each = [chat.wrap(text)[0] for text in (None, "red", "blue dog cat one")]
+    assert len({*map(len, each)}) == 3
+    batch["instruction"] = jnp.asarray([0, 1, 2, 2, 1, 0, 2, 1])
+    out, _ = eqx.filter_jit(train.forward)(params, frozen, batch)
+    for i, under in enumerate(batch["instruction"].tolist()):
+        words, n = batch["ids"][i, : int(batch["lengths"][i])], int(batch["states"][i])
+        answer, prefix = batch["answers"][i, : n - 1], jnp.asarray(each[under])
+        text = diva.llm.embed(jnp.concatenate([prefix, words, frozen.suffix, answer])[None])
+        turn = diva.embed_turn(out.virtual[i : i + 1], prefix, frozen.suffix)
+        speech = jnp.concatenate([turn, diva.llm.embed(answer[None])], axis=1)
+        for found, alone in ((out.teacher, text), (out.student, speech)):
+            expected = diva.llm(alone)[0, -n:]
+            np.testing.assert_allclose(found[i, :n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_the_clips_stand_under_an_instruction_and_keep_it(root, tmp_path, instructions):
+    """Drawn by the seed alone; the teacher answers each under its own; a run goes on bit for bit,
+    even if the file has changed since; another file is another run."""
+    drawn = answers.draw(4, 10_000, seed=0)
+    np.testing.assert_array_equal(drawn, answers.draw(4, 10_000, seed=0))
+    assert (drawn != answers.draw(4, 10_000, seed=1)).any()
+    shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
+    assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
+    changes = {"instructions": str(instructions), "response_tokens": 2, "steps": 4, "save_every": 2}
+    train.run(config_of(root, tmp_path / "whole", **changes))
+    train.run(config_of(root, tmp_path / "cut", until=2, **changes))
+    turn = files.read_json(tmp_path / "cut" / "turn.json")
+    assert len(turn["prefixes"]) == 3 and turn["prefixes"][0] == turn["prefix"]
+    instructions.write_text("green\n", encoding="utf-8")
+    train.run(config_of(root, tmp_path / "cut", **changes))
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+    plain = config_of(root, tmp_path / "cut", **changes | {"instructions": None})
+    with pytest.raises(ValueError, match=r"instructions was '.*', now None"):
+        train.run(plain)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_an_instruction_is_refused(root, tmp_path, instructions, text):
+    instructions.write_text(text, encoding="utf-8")
+    config = config_of(root, tmp_path / "out", instructions=str(instructions))
+    with pytest.raises(
+        ValueError, match=r"instructions\.txt: no instruction; expected one on each"
+    ):
+        train.run(config)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.run(dataclasses.replace(config, instructions=str(tmp_path / "nowhere")))
+
+
 # ------------------------------------------------------------------------- clips that are watched
 
 
