@@ -29,7 +29,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import tyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 import llama
 import weights
@@ -142,34 +142,37 @@ class DiVA(eqx.Module):
 
     def __call__(
         self,
-        audio: Float[Array, "B S"],
+        audio: Float[Array, "B S"] | Float[Array, "B T D"],
         ids: Int[Array, "B L"],
         lengths: Int[Array, "B"],
         prefix: Int[Array, "*B P"],
         suffix: Int[Array, "R"],
         answers: Int[Array, "B A"] | None = None,
         pads: Int[Array, "B"] | None = None,
+        taught: Float[Array, "B K E"] | None = None,
         recompute: sharding.Recompute = "layers",
     ) -> Pass:
         """The whole method: the LLM once as student, on speech, and once as teacher, on its
         transcript `ids`, both between the same `prefix` and `suffix` of the chat template, and both
         with the teacher's answer behind it, but for its last token (None: it has but one). If each
-        clip has a prefix of its own, its first `pads` tokens are padding."""
+        clip has a prefix of its own, its first `pads` tokens are padding. What the frozen networks
+        have said before is given: the encoder's states as `audio`, the teacher's as `taught`."""
         answers = ids[:, :0] if answers is None else answers
-        states = self.listen(audio)
+        states = self.listen(audio) if audio.ndim == 2 else audio
         virtual = self.connector(states, recompute)
         targets, said = self.llm.embed(ids), self.llm.embed(answers)
         speech = jnp.concatenate([self.embed_turn(virtual, prefix, suffix), said], axis=1)
-        text, last = text_turn(ids, lengths, prefix, suffix, answers)
-        ends = jnp.full_like(last, speech.shape[1] - 1 - answers.shape[1]), last
-        if pads is not None:  # they go to the end, out of sight
-            move = jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))
-            speech, text, ends = move(speech, pads), move(text, pads), (end - pads for end in ends)
+        text, first = text_turn(ids, lengths, prefix, suffix, answers, pads)
+        count = answers.shape[1] + 1
+        spoken = jnp.full_like(first, speech.shape[1] - count)
+        if pads is not None:
+            speech, spoken = pads_last(speech, pads), spoken - pads
         # Side by side, so that each layer is gathered once for both.
-        both = self.llm((speech, self.llm.embed(text)), recompute)
-        at = [end[:, None, None] + jnp.arange(answers.shape[1] + 1)[:, None] for end in ends]
-        student, teacher = map(functools.partial(jnp.take_along_axis, axis=1), both, at)
-        return Pass(states, virtual, targets, student, jax.lax.stop_gradient(teacher))
+        read = (self.llm.embed(text),) if taught is None else ()
+        student, *teacher = self.llm((speech, *read), recompute)
+        student = states_from(student, spoken, count)
+        taught = states_from(teacher[0], first, count) if taught is None else taught
+        return Pass(states, virtual, targets, student, jax.lax.stop_gradient(taught))
 
     @staticmethod
     def create(
@@ -288,6 +291,7 @@ def text_turn(
     prefix: Int[Array, "*B P"],
     suffix: Int[Array, "R"],
     answers: Int[Array, "B A"],
+    pads: Int[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B positions"], Int[Array, "B"]]:
     """The transcript as the user's turn, for the teacher; and where its response begins.
 
@@ -303,7 +307,21 @@ def text_turn(
     tail = jnp.take_along_axis(behind, at, axis=1)
     head = prefix[..., jnp.clip(position, 0, before - 1)]
     row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
-    return row, lengths + before + after - 1
+    last = lengths + before + after - 1
+    return (row, last) if pads is None else (pads_last(row, pads), last - pads)
+
+
+def pads_last(rows: Shaped[Array, "B n *any"], pads: Int[Array, "B"]) -> Shaped[Array, "B n *any"]:
+    """The first `pads` positions of each row go to its end, out of sight."""
+    return jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))(rows, pads)
+
+
+def states_from(
+    hidden: Float[Array, "B n E"], first: Int[Array, "B"], count: int
+) -> Float[Array, "B K E"]:
+    """So many states of each row, from its position `first` on."""
+    at = first[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
 
 def hearing(asr: whisper.WhisperConfig, window: float | None) -> whisper.WhisperConfig:
@@ -338,28 +356,6 @@ def trainable(diva: DiVA) -> DiVA:
     return eqx.tree_at(lambda m: m.connector, mask, connector)
 
 
-SOME = 4096  # rows of the LLM's table that are looked at together
-
-
-def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -> Int[Array, "B Q"]:
-    """The token whose embedding is nearest to each virtual token, by L2 distance."""
-    rows, most = table.shape[0], min(SOME, table.shape[0])
-
-    def look(best, start):
-        """Further rows of the table: the distances to all at once could be tens of GB."""
-        some = jax.lax.dynamic_slice_in_dim(table, start, most)
-        some = sharding.gather_rows(some).astype(jnp.float32)
-        # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
-        far = jnp.square(some).sum(-1) - 2 * virtual.astype(jnp.float32) @ some.T
-        found = far.min(-1), start + far.argmin(-1)
-        return jax.tree.map(lambda a, b: jnp.where(found[0] < best[0], a, b), found, best), None
-
-    # the last rows are looked at with some that were seen before: those cannot win again
-    starts = jnp.minimum(jnp.arange(0, rows, most), rows - most)
-    none = jnp.full(virtual.shape[:2], jnp.inf), jnp.zeros(virtual.shape[:2], starts.dtype)
-    return jax.lax.scan(look, none, starts)[0][1]
-
-
 @sharding.on_mesh
 @eqx.filter_jit
 def listen(diva: DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
@@ -371,7 +367,7 @@ def listen(diva: DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
 @eqx.filter_jit
 def heard(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]:
     """What the LLM hears: the tokens nearest to the virtual tokens, compiled."""
-    return nearest_tokens(virtual, llm.model.embed_tokens.weight)
+    return llama.nearest_tokens(virtual, llm.model.embed_tokens.weight)
 
 
 def main(

@@ -193,8 +193,8 @@ class Corpus:
     wordless: int = 0  # left out: no token at all
     max_tokens: int = 0
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
-    # What else a batch says of its clips: int32 [clips, ...] by name.
-    more: dict[str, Int32[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
+    # What else a batch says of its clips, or instead of reading them: arrays [clips, ...] by name.
+    more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
@@ -281,37 +281,45 @@ def batches(
             f"expected a multiple of {process_count}."
         )
     rows = batch_size // process_count
-    samples = _reader(corpus)
-
-    def load(index: int) -> dict[str, np.ndarray]:
-        row = corpus.ids[index]
-        sound, heard = samples(index)
-        return {
-            "audio": recording.pad([sound], corpus.window_samples)[0],
-            "ids": np.pad(row, (0, corpus.max_length - len(row))),
-            "lengths": np.int32(len(row)),
-            "weights": np.float32(heard),
-        } | {name: rows[index] for name, rows in corpus.more.items()}
-
     import grain  # takes a second: only who trains waits for it
 
     order = grain.MapDataset.range(len(corpus.clips)).seed(seed).shuffle().repeat()
     mine = _Rows(order, batch_size, rows, process_index, start_step)
-    dataset = grain.MapDataset.source(mine).map(load)
+    dataset = grain.MapDataset.source(mine).map(samples(corpus))
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)  # in clips
     return iter(dataset.to_iter_dataset(options).batch(rows))
 
 
+def samples(corpus: Corpus) -> Callable[[int], dict[str, np.ndarray]]:
+    """Clip number -> its rows of a batch; audio is not read where corpus.more has it."""
+    read = _reader(corpus)
+
+    def load(index: int) -> dict[str, np.ndarray]:
+        row = corpus.ids[index]
+        sample = {
+            "ids": np.pad(row, (0, corpus.max_length - len(row))),
+            "lengths": np.int32(len(row)),
+        }
+        if "audio" not in corpus.more:
+            sound, heard = read(index)
+            sample["audio"] = recording.pad([sound], corpus.window_samples)[0]
+            sample["weights"] = np.float32(heard)
+        return sample | {name: rows[index] for name, rows in corpus.more.items()}
+
+    return load
+
+
 def batch_shapes(
-    batch_size: int, window_samples: int, max_length: int, **more: tuple[int, ...]
+    batch_size: int, window_samples: int, max_length: int, **more: tuple[tuple[int, ...], Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `batches` gives, all processes together; `more`: shapes of corpus.more, for a clip."""
+    """What `batches` gives, all processes together; `more`: shape and dtype for each clip of what
+    corpus.more holds."""
     shapes = {
         "audio": ((window_samples,), np.float32),
         "ids": ((max_length,), np.int32),
         "lengths": ((), np.int32),
         "weights": ((), np.float32),
-    } | {name: (shape, np.int32) for name, shape in more.items()}
+    } | more
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
         for name, (shape, dtype) in shapes.items()

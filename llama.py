@@ -36,6 +36,8 @@ import weights
 from runtime import attention, command, files, settings, sharding, template
 from weights import Embedding, Linear
 
+SOME = 4096  # rows of the LLM's table that are looked at together
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -311,6 +313,25 @@ class Llama(eqx.Module):
         if template.lm_head is None:
             weights.check_tied(folder, "lm_head.weight", "model.embed_tokens.weight")
         return weights.load(place(template), folder, prefix, unused)
+
+
+def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -> Int[Array, "B Q"]:
+    """The token whose embedding is nearest to each virtual token, by L2 distance."""
+    rows, most = table.shape[0], min(SOME, table.shape[0])
+
+    def look(best, start):
+        """Further rows of the table: the distances to all at once could be tens of GB."""
+        some = jax.lax.dynamic_slice_in_dim(table, start, most)
+        some = sharding.gather_rows(some).astype(jnp.float32)
+        # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
+        far = jnp.square(some).sum(-1) - 2 * virtual.astype(jnp.float32) @ some.T
+        found = far.min(-1), start + far.argmin(-1)
+        return jax.tree.map(lambda a, b: jnp.where(found[0] < best[0], a, b), found, best), None
+
+    # the last rows are looked at with some that were seen before: those cannot win again
+    starts = jnp.minimum(jnp.arange(0, rows, most), rows - most)
+    none = jnp.full(virtual.shape[:2], jnp.inf), jnp.zeros(virtual.shape[:2], starts.dtype)
+    return jax.lax.scan(look, none, starts)[0][1]
 
 
 # ---------------------------------------------------------------------------------------------

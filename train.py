@@ -26,12 +26,10 @@ Read next: eval.py.
 import dataclasses
 import functools
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -50,7 +48,7 @@ import distill_loss
 import llama
 import weights
 import whisper
-from runtime import answers, command, compiling, cost, files, record, sharding, watching
+from runtime import answers, command, compiling, cost, files, keeping, record, sharding, watching
 from runtime.recipe import Config, Recipe, parse, recipe_of, resume_command
 
 # ---------------------------------------------------------------------------- the loss and the step
@@ -82,7 +80,8 @@ def forward(
     if pads is not None:
         prefix, pads = prefix[under], pads[under]
     given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
-    out = eqx.combine(params, frozen.diva)(*given, batch.get("answers"), pads, recompute)
+    known = batch.get("answers"), pads, batch.get("taught")
+    out = eqx.combine(params, frozen.diva)(*given, *known, recompute)
     counts = batch.get("states", jnp.ones_like(batch["lengths"]))
     return out, distill_loss.by_state(batch["weights"], counts, out.student.shape[1])
 
@@ -252,7 +251,7 @@ def abstract_inputs(
     turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)] + [None]
     text = min(cost.TEXT, config.queries or asr.max_target_positions)
     most = answers.limit(config.response_tokens)
-    more = {"answers": (most - 1,), "states": ()} if most > 1 else {}
+    more = {"answers": ((most - 1,), np.int32), "states": ((), np.int32)} if most > 1 else {}
     batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
     return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
 
@@ -300,17 +299,10 @@ def claim(config: Config) -> Claim:
     fitting = chat.encode_batch, asr.window_samples, queries
     corpus = data.prepare(clips, *fitting)
     watched = watching.some(data.prepare(others, *fitting)) if others else None
-    turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
-    if config.instructions:
-        said = answers.read_instructions(Path(config.instructions))
-        turn["prefixes"] = [turn["prefix"], *(chat.wrap(line)[0] for line in said)]
-    recipe = dataclasses.asdict(recipe_of(config))
+    turn, recipe = answers.turn(chat, config.instructions), dataclasses.asdict(recipe_of(config))
     turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
-    before = answers.prefixes(turn)
-    if len(before) > 1:
-        drawn = answers.draw(len(before) - 1, len(corpus.ids), config.seed)
-        corpus.more["instruction"] = drawn
-    positions = max(map(len, before)) + len(turn["suffix"])
+    corpus.more |= answers.draw(turn, len(corpus.ids), config.seed)
+    positions = max(map(len, answers.prefixes(turn))) + len(turn["suffix"])
     work = functools.partial(cost.flops, asr, llm, queries, positions)
     return Claim(corpus, watched, chat, turn, work)
 
@@ -328,11 +320,13 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | N
     watched = None
     if others:
         others.more |= ask(others, answers.MOST)
-        size = mesh.size * math.ceil(len(others.ids) / mesh.size)
-        watched = next(data.batches(others, batch_size=size, seed=0, **sharding.process()))
-        watched = sharding.to_devices(watched, mesh)
-    more = {name: rows.shape[1:] for name, rows in corpus.more.items()}
-    work = sum(work_on(corpus.max_length, *more.get("answers", ())).values())
+        watched = watching.batch(others, mesh)
+    answer = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
+    parts = work_on(corpus.max_length, answer)
+    if keeping.wanted(config.frozen_states, state[2].diva, corpus):
+        corpus.more |= keeping.keep(state[2].diva, corpus, answers.template(turn), mesh)
+        parts = {name: flops for name, flops in parts.items() if name not in keeping.PARTS}
+    more, work = {k: (x.shape[1:], x.dtype) for k, x in corpus.more.items()}, sum(parts.values())
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()

@@ -44,18 +44,28 @@ def limit(response_tokens: int | Literal["all"]) -> int:
     return MOST if response_tokens == "all" else response_tokens
 
 
-def read_instructions(file: Path) -> list[str]:
-    """One a line. Raises FileNotFoundError, or ValueError where there is none."""
-    if not (lines := [line.strip() for _, line in files.text_lines(file)]):
-        raise ValueError(f"{file}: no instruction; expected one on each line.")
-    return lines
+def turn(chat: llama.Chat, instructions: str | None) -> dict[str, Any]:
+    """What stands around the user's words: prefix and suffix of the template; and the prefixes
+    without an instruction and with each line of a file of them, if one is given.
+
+    Raises FileNotFoundError, or ValueError for a file without an instruction.
+    """
+    found: dict[str, Any] = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
+    if instructions:
+        lines = [line.strip() for _, line in files.text_lines(Path(instructions))]
+        if not lines:
+            raise ValueError(f"{instructions}: no instruction; expected one on each line.")
+        found["prefixes"] = [found["prefix"], *(chat.wrap(line)[0] for line in lines)]
+    return found
 
 
-def draw(instructions: int, clips: int, seed: int) -> Int32[np.ndarray, "clips"]:
-    """Which instruction each clip stands under, from 1 on; 0, none, half of the time."""
+def draw(turn: dict[str, Any], clips: int, seed: int) -> dict[str, Int32[np.ndarray, "clips"]]:
+    """Which of the prefixes each clip has, for `corpus.more`: half of the time the first."""
+    if (last := len(prefixes(turn)) - 1) == 0:
+        return {}
     rng = np.random.default_rng((seed, 1))
-    under = rng.integers(1, instructions + 1, clips)
-    return np.where(rng.random(clips) < INSTRUCTED, under, 0).astype(np.int32)
+    under = rng.integers(1, last + 1, clips)
+    return {"instruction": np.where(rng.random(clips) < INSTRUCTED, under, 0).astype(np.int32)}
 
 
 def prefixes(turn: dict[str, Any]) -> list[list[int]]:

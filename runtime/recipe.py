@@ -45,6 +45,9 @@ class Recipe:
     # File of instructions, one a line: half of the clips stand under one of them, in the system
     # turn of teacher and student alike; None: the paper, no instruction.
     instructions: str | None = None
+    # What encoder and teacher say of each clip: computed in every step, or once and kept in memory;
+    # auto: kept if it takes at most 1 GB.
+    frozen_states: Literal["auto", "keep", "compute"] = "auto"
     seed: int = 0  # Decides the initial queries and the order of the clips.
     # Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
     # and optimizer are float32 always.

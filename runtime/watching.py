@@ -11,6 +11,7 @@ Reads: sharding.py, llama.py, connector.py, distill_loss.py, data.py.   Read nex
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import connector
 import data
 import distill_loss
 import llama
+from runtime import sharding
 
 CLIPS = 64
 
@@ -44,6 +46,13 @@ def some(corpus: data.Corpus, most: int = CLIPS) -> data.Corpus:
     chosen = np.random.default_rng(0).permutation(len(corpus.clips))[:most]
     clips, ids = ([rows[i] for i in chosen] for rows in (corpus.clips, corpus.ids))
     return dataclasses.replace(corpus, clips=clips, ids=ids, undecodable={})
+
+
+def batch(corpus: data.Corpus, mesh: Mesh) -> dict[str, Array]:
+    """All of its clips on the devices; some twice where they cannot be shared equally."""
+    size = mesh.size * math.ceil(len(corpus.ids) / mesh.size)
+    rows = data.batches(corpus, batch_size=size, seed=0, **sharding.process())
+    return sharding.to_devices(next(rows), mesh)
 
 
 def scores(

@@ -268,7 +268,7 @@ def test_the_turn_is_prefix_then_virtual_tokens_then_suffix(diva, states, dtype)
 def test_nearest_tokens_are_those_of_a_search_in_float64(monkeypatch, some):
     """Rows of very different lengths, where the largest product is not the smallest distance; all
     at once, or a few at a time, of which the last ones are looked at twice."""
-    monkeypatch.setattr(connector, "SOME", some)
+    monkeypatch.setattr(llama, "SOME", some)
     scale = np.geomspace(0.1, 10, len(VOCABULARY))[:, None]
     table = np.random.default_rng(0).normal(size=(len(VOCABULARY), E)) * scale
     virtual = np.random.default_rng(1).normal(size=(3, 50, E)) * np.geomspace(0.1, 8, 50)[:, None]
@@ -277,14 +277,14 @@ def test_nearest_tokens_are_those_of_a_search_in_float64(monkeypatch, some):
     expected = distances.argmin(-1)
     assert len(np.unique(expected)) > 10
     assert (expected != (virtual @ table.T).argmax(-1)).mean() > 0.3
-    found = connector.nearest_tokens(jnp.asarray(virtual), jnp.asarray(table))
+    found = llama.nearest_tokens(jnp.asarray(virtual), jnp.asarray(table))
     np.testing.assert_array_equal(found, expected)
 
 
 def test_nearest_tokens_of_a_batch_keep_no_array_of_the_size_of_the_logits():
     """8 clips of 448 queries at 128,256 tokens would be 1.8 GB of distances."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 448, 64), (128_256, 64))]
-    compiled = jax.jit(connector.nearest_tokens).lower(*shapes).compile()
+    compiled = jax.jit(llama.nearest_tokens).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 448 * 128_256 * 4 / 10
 
 

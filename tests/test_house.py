@@ -61,7 +61,7 @@ READING = [
     *"runtime.settings runtime.template".split(),
     *"weights whisper llama generate connector distill_loss data".split(),
     *"runtime.recipe runtime.cost runtime.compiling runtime.record".split(),
-    *"runtime.watching runtime.answers train".split(),
+    *"runtime.watching runtime.answers runtime.keeping train".split(),
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),
     *"evaluation.systems evaluation.tasks evaluation.predictions evaluation.significance".split(),
     *"evaluation.report eval demo".split(),

@@ -41,7 +41,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import answers, command, cost, files, recipe, record, sharding
+from runtime import answers, command, cost, files, keeping, recipe, record, recording, sharding
 
 STEPS, UNTIL = 30, 14
 WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
@@ -174,6 +174,7 @@ def config_of(root: Path, out: Path | str, **changes) -> recipe.Config:
         out=str(out),
         fsdp=4,
         save_every=10,
+        frozen_states="compute",
     )
     return recipe.Config(**defaults | changes)
 
@@ -703,9 +704,10 @@ def test_under_an_instruction_both_read_it_and_nothing_else_changes(root, tmp_pa
 def test_half_of_the_clips_stand_under_an_instruction_and_keep_it(root, tmp_path, instructions):
     """Drawn by the seed alone; the teacher answers each under its own; a run goes on bit for bit,
     even if the file has changed since; another file is another run."""
-    drawn = answers.draw(4, 10_000, seed=0)
-    np.testing.assert_array_equal(drawn, answers.draw(4, 10_000, seed=0))
-    assert (drawn != answers.draw(4, 10_000, seed=1)).any()
+    five = {"prefix": [1], "prefixes": [[1]] * 5}
+    drawn, again, other = (answers.draw(five, 10_000, seed)["instruction"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(drawn, again)
+    assert (drawn != other).any() and answers.draw({"prefix": [1]}, 10_000, 0) == {}
     shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
     assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
     changes = {"instructions": str(instructions), "response_tokens": 2, "steps": 4, "save_every": 2}
@@ -733,6 +735,59 @@ def test_a_file_without_an_instruction_is_refused(root, tmp_path, instructions, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train.run(dataclasses.replace(config, instructions=str(tmp_path / "nowhere")))
+
+
+# --------------------------------------------------------------------------- states that are kept
+
+
+def test_kept_states_are_those_that_every_step_would_compute(root, tmp_path, monkeypatch):
+    """With answers and instructions too, on eight devices: the same losses and the same student, to
+    the order of a sum; and a clip that cannot be decoded still has weight 0."""
+    folder, lines = clone_data(root, tmp_path, monkeypatch), tmp_path / "lines.txt"
+    lines.write_text("red\nblue dog cat one\n", encoding="utf-8")
+    (folder / "clips/3.wav").write_bytes(b"no sound")
+    changes = {"response_tokens": 3, "instructions": str(lines), "max_undecodable": 1.0, "steps": 6}
+    rows = {}
+    for how in ("compute", "keep"):
+        train.run(config_of(root, tmp_path / how, **changes, frozen_states=how))
+        rows[how] = rows_of(tmp_path / how)
+    for one, other in zip(*rows.values(), strict=True):
+        assert one["undecodable"] == other["undecodable"] == 1
+        for name in ("loss", "alignment", "response", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+    assert rows["keep"][0]["loss"] == pytest.approx(rows["compute"][0]["loss"], rel=1e-5)
+
+
+def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
+    root, tmp_path, monkeypatch
+):
+    changes = {"steps": 20, "save_every": 4, "frozen_states": "keep"}
+    real, read = recording.load, []
+    monkeypatch.setattr(recording, "load", lambda *a, **k: read.append(a) or real(*a, **k))
+    train.run(config_of(root, tmp_path / "whole", **changes))
+    assert len(read) == 8 and rows_of(tmp_path / "whole")[-1]["step"] == 19
+    train.run(config_of(root, tmp_path / "cut", until=6, **changes))
+    train.run(config_of(root, tmp_path / "cut", **changes))
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys):
+    """auto: up to ROOM bytes, which are counted right; a step then does neither part's work."""
+    mesh = sharding.make_mesh(8)
+    config = config_of(root, tmp_path / "a", frozen_states="auto", response_tokens=2)
+    corpus, state, _, _, work = train.start(config, mesh)
+    kept = sum(corpus.more[name].nbytes for name in ("audio", "taught"))
+    assert kept == keeping.bytes_of(state[2].diva, corpus)
+    assert "kept what encoder and teacher say of 8 clips" in capsys.readouterr().out
+    monkeypatch.setattr(keeping, "ROOM", kept - 1)
+    config = config_of(root, tmp_path / "b", frozen_states="auto", response_tokens=2)
+    corpus, *_, whole = train.start(config, mesh)
+    assert "audio" not in corpus.more and whole > work
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="--frozen-states keep: each of several processes"):
+        keeping.wanted("keep", state[2].diva, corpus)
+    assert not keeping.wanted("auto", state[2].diva, corpus)
 
 
 # ------------------------------------------------------------------------- clips that are watched

@@ -157,7 +157,7 @@ def test_of_a_split_whisper_no_device_holds_the_table_or_two_layers():
 
 
 def test_what_is_heard_is_looked_for_in_a_split_table_a_few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(connector, "SOME", 100)
+    monkeypatch.setattr(llama, "SOME", 100)
     llm = model(llama.Llama, LLAMA)
     virtual = 0.3 * jax.random.normal(jax.random.key(0), (B, 24, 64))
     expected, many = connector.heard(llm, virtual), spread(llm, 8)
