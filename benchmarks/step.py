@@ -59,7 +59,7 @@ def state(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> 
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
     mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
     diva = sharding.place(connector.DiVA.load(folder), mesh)
-    before = train.state_of(config, diva, (batch["prefix"], batch["suffix"]), mesh)
+    before = train.state_of(config, diva, (batch["prefix"], batch["suffix"], None), mesh)
     return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
 
 

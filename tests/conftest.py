@@ -1,6 +1,9 @@
 """Eight devices on any CPU, so that every test of sharding runs everywhere; a cache of its own."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,3 +18,13 @@ os.environ["JAX_NUM_PROCESSES"] = "1"  # whatever cluster the tests run on, they
 def cache_home(tmp_path_factory) -> None:
     """What the tests, and the programs that they start, keep for later goes where it is removed."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Compiled programs go with the file of tests that made them: all of them together take more
+    pieces of memory than Linux gives a process (65,530), which ends in a segmentation fault."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

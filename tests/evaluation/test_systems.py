@@ -228,10 +228,14 @@ def test_models_are_bfloat16_on_an_accelerator(root, monkeypatch):
 
 
 def test_the_untrained_connector_is_what_training_would_begin_with(models):
-    """The recogniser's decoder, and projected queries as loud as the LLM's embeddings."""
+    """The recogniser's decoder, its last norm scaled, and projected queries as loud as the LLM's
+    embeddings."""
     assert set(models.connectors) == {"untrained", "diva"}
     untrained, diva = models.connectors["untrained"], models.connectors["diva"]
-    pair = untrained.decoder, models.asr.model.decoder
+    norm = models.asr.model.decoder.layer_norm
+    restored = eqx.tree_at(lambda d: d.layer_norm, untrained.decoder, norm)
+    assert not np.array_equal(untrained.decoder.layer_norm.weight, norm.weight)
+    pair = restored, models.asr.model.decoder
     for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(*map(jax.tree.leaves, (untrained, diva)), strict=True):
