@@ -192,6 +192,25 @@ def rows_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def not_compiled(monkeypatch) -> None:
+    """For tests of what stands before the step."""
+    monkeypatch.setattr(train, "compile_step", lambda *_: (None, "attention"))
+    monkeypatch.setattr(train.compiling, "summary", lambda *_: "not at all")
+
+
+run_llm = jax.jit(lambda llm, embeds: llm(embeds))
+
+
+def states_alone(llm: llama.Llama, embeds: jax.Array, count: int) -> np.ndarray:
+    """The last states of one sequence, by one program for all lengths: behind it stands noise,
+    which no causal state can see."""
+    length = embeds.shape[1]
+    noise = jax.random.normal(jax.random.key(0), (1, 40 - length, embeds.shape[2]))
+    hidden = run_llm(llm, jnp.concatenate([embeds, noise], axis=1))
+    return np.asarray(hidden[0, length - count : length])
+
+
 class Started:
     """A run that stands before its first step, for tests that take the steps themselves."""
 
@@ -629,7 +648,7 @@ def test_every_state_of_an_answer_is_that_of_the_clip_alone(root, tmp_path):
         text = llm.embed(jnp.concatenate([prefix, words, suffix, answer[:-1]])[None])
         turn = diva.embed_turn(out.virtual[i : i + 1], prefix, suffix)
         speech = jnp.concatenate([turn, llm.embed(answer[None, :-1])], axis=1)
-        teacher, student = llm(text)[0, -n:], llm(speech)[0, -n:]
+        teacher, student = (states_alone(llm, x, n) for x in (text, speech))
         np.testing.assert_allclose(out.teacher[i, :n], teacher, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(out.student[i, :n], student, rtol=1e-4, atol=1e-4)
         distances.append(np.linalg.norm(student - teacher, axis=-1).mean())
@@ -677,7 +696,9 @@ def instructions(root, tmp_path) -> Path:
     return file
 
 
-def test_under_an_instruction_both_read_it_and_nothing_else_changes(root, tmp_path, instructions):
+def test_under_an_instruction_both_read_it_and_nothing_else_changes(
+    root, tmp_path, instructions, not_compiled
+):
     """Each clip, whatever the length of its prefix, has the states that it has alone behind that
     prefix without padding; student and teacher, an answer behind it."""
     config = config_of(root, tmp_path / "out", fsdp=1, instructions=str(instructions))
@@ -697,7 +718,7 @@ def test_under_an_instruction_both_read_it_and_nothing_else_changes(root, tmp_pa
         turn = diva.embed_turn(out.virtual[i : i + 1], prefix, frozen.suffix)
         speech = jnp.concatenate([turn, diva.llm.embed(answer[None])], axis=1)
         for found, alone in ((out.teacher, text), (out.student, speech)):
-            expected = diva.llm(alone)[0, -n:]
+            expected = states_alone(diva.llm, alone, n)
             np.testing.assert_allclose(found[i, :n], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -772,7 +793,7 @@ def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
     assert a == b
 
 
-def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys):
+def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys, not_compiled):
     """auto: up to ROOM bytes, which are counted right; a step then does neither part's work."""
     mesh = sharding.make_mesh(8)
     config = config_of(root, tmp_path / "a", frozen_states="auto", response_tokens=2)
@@ -793,7 +814,7 @@ def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys
 # ------------------------------------------------------------------------- clips that are watched
 
 
-def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeypatch):
+def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeypatch, not_compiled):
     """KL over each answer's tokens, then over clips; and the share of words that are nearest to
     their virtual tokens: in float64, one clip at a time."""
     monkeypatch.setattr(answers, "MOST", 4)
@@ -811,7 +832,8 @@ def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeyp
         answer = batch["answers"][i, : said - 1]
         text = diva.llm.embed(jnp.concatenate([prefix, ids, suffix, answer])[None])
         speech = [diva.embed_turn(virtual[i : i + 1], prefix, suffix), diva.llm.embed(answer[None])]
-        states = [diva.llm(x)[0, -said:] for x in (text, jnp.concatenate(speech, axis=1))]
+        speech = jnp.concatenate(speech, axis=1)
+        states = [states_alone(diva.llm, x, said) for x in (text, speech)]
         p, q = (x - np.log(np.exp(x).sum(1, keepdims=True))
                 for x in (np.asarray(s, np.float64) @ out.T for s in states))  # fmt: skip
         kls.append((np.exp(p) * (p - q)).sum(1).mean())
