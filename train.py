@@ -76,9 +76,7 @@ def forward(
 ) -> tuple[connector.Pass, Float[Array, "B K"]]:
     """What the student makes of a batch, and the teacher; and what each state of an answer counts:
     where the response begins alone, or all that say the batch's answers, if it has any."""
-    prefix, pads, under = frozen.prefix, frozen.pads, batch.get("instruction", 0)
-    if pads is not None:
-        prefix, pads = prefix[under], pads[under]
+    prefix, pads = answers.own_prefix(frozen.prefix, frozen.pads, batch)
     given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
     known = batch.get("answers"), pads, batch.get("taught")
     out = eqx.combine(params, frozen.diva)(*given, *known, recompute)
@@ -312,7 +310,8 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | N
     and FLOPs of one clip."""
     corpus, others, chat, turn, work_on = claim(config)
     state = start_state(config, mesh, turn)
-    llm, most = state[2].diva.llm, answers.limit(config.response_tokens)
+    diva, *template, _ = state[2]
+    llm, most = diva.llm, answers.limit(config.response_tokens)
     record.note_baseline(epath.Path(config.out), watching.mean_embedding(llm, corpus, mesh))
     ask = functools.partial(answers.ask, llm, chat.stop_ids, turn, config, mesh)
     if most > 1:
@@ -323,8 +322,8 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | N
         watched = watching.batch(others, mesh)
     answer = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
     parts = work_on(corpus.max_length, answer)
-    if keeping.wanted(config.frozen_states, state[2].diva, corpus):
-        corpus.more |= keeping.keep(state[2].diva, corpus, answers.template(turn), mesh)
+    if keeping.wanted(config.frozen_states, diva, corpus):
+        corpus.more |= keeping.keep(diva, corpus, tuple(template), mesh)
         parts = {name: flops for name, flops in parts.items() if name not in keeping.PARTS}
     more, work = {k: (x.shape[1:], x.dtype) for k, x in corpus.more.items()}, sum(parts.values())
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)

@@ -85,6 +85,14 @@ def template(turn: dict[str, Any]) -> tuple[Any, Any, Any]:
     return np.asarray(rows, np.int32), suffix, pads
 
 
+def own_prefix(prefix: Any, pads: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Prefix and pads of each clip of a batch; the first of several where it names none."""
+    if pads is None:
+        return prefix, None
+    under = batch.get("instruction", 0 * batch["lengths"])
+    return prefix[under], pads[under]
+
+
 def ask(
     llm: llama.Llama,
     stop_ids: tuple[int, ...],

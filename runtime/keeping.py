@@ -6,7 +6,7 @@ the encoder's states instead of the audio, and the teacher's instead of what it 
 
 Axes: B batch, S audio samples, T encoder positions, D width of Whisper, L text tokens, P and R
 length of the template's two parts, I prefixes, A answer tokens, K = A + 1, E width of the LLM.
-Reads: sharding.py, connector.py, data.py.   Read next: train.py.
+Reads: sharding.py, connector.py, data.py, answers.py.   Read next: train.py.
 """
 
 import time
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 import connector
 import data
-from runtime import sharding
+from runtime import answers, sharding
 
 ROOM = 1 << 30  # bytes, for `--frozen-states auto`
 AT_ONCE = 16  # clips of a device
@@ -29,8 +29,8 @@ PARTS = "encoder", "teacher"  # of `cost.flops`, that a step then does not do
 def bytes_of(diva: connector.DiVA, corpus: data.Corpus) -> int:
     """What would be kept of this corpus."""
     width, states = diva.llm.config.hidden_size, diva.encoder.embed_positions.weight
-    answers = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
-    return len(corpus.ids) * (states.size + (answers + 1) * width) * states.dtype.itemsize
+    fed = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
+    return len(corpus.ids) * (states.size + (fed + 1) * width) * states.dtype.itemsize
 
 
 def wanted(how: str, diva: connector.DiVA, corpus: data.Corpus) -> bool:
@@ -72,10 +72,9 @@ def _say(
     diva: connector.DiVA, batch: dict[str, Array], template: tuple[Any, Any, Any]
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K E"]]:
     prefix, suffix, pads = template
-    if pads is not None:
-        prefix, pads = prefix[batch["instruction"]], pads[batch["instruction"]]
-    answers = batch.get("answers", batch["ids"][:, :0])
-    turn = batch["ids"], batch["lengths"], prefix, suffix, answers, pads
+    prefix, pads = answers.own_prefix(prefix, pads, batch)
+    fed = batch.get("answers", batch["ids"][:, :0])
+    turn = batch["ids"], batch["lengths"], prefix, suffix, fed, pads
     text, first = connector.text_turn(*turn)
     hidden = diva.llm(diva.llm.embed(text))
-    return diva.listen(batch["audio"]), connector.states_from(hidden, first, answers.shape[1] + 1)
+    return diva.listen(batch["audio"]), connector.states_from(hidden, first, fed.shape[1] + 1)

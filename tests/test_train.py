@@ -732,6 +732,7 @@ def test_half_of_the_clips_stand_under_an_instruction_and_keep_it(root, tmp_path
     shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
     assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
     changes = {"instructions": str(instructions), "response_tokens": 2, "steps": 4, "save_every": 2}
+    changes |= {"watch": "train"}
     train.run(config_of(root, tmp_path / "whole", **changes))
     train.run(config_of(root, tmp_path / "cut", until=2, **changes))
     turn = files.read_json(tmp_path / "cut" / "turn.json")
@@ -740,6 +741,7 @@ def test_half_of_the_clips_stand_under_an_instruction_and_keep_it(root, tmp_path
     train.run(config_of(root, tmp_path / "cut", **changes))
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert a == b
+    assert "kl" in rows_of(tmp_path / "whole")[0]  # watched clips stand under none
     plain = config_of(root, tmp_path / "cut", **changes | {"instructions": None})
     with pytest.raises(ValueError, match=r"instructions was '.*', now None"):
         train.run(plain)
