@@ -36,7 +36,7 @@ import connector
 import generate
 import llama
 import weights
-from runtime import command, files, recording, sharding
+from runtime import command, recording, sharding
 from runtime.recording import SAMPLE_RATE
 
 TOY = Path(__file__).parent / "toy"
@@ -318,13 +318,6 @@ def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
 # The command
 
 
-def keep_compiled() -> None:
-    """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 def clips_and_instruction(words: Sequence[str], told: str | None) -> tuple[list[str], str | None]:
     """Without an instruction `told`, the last word is one, if it has a blank, is no file, and does
     not end as recordings do. Raises FileNotFoundError for a clip that is missing."""
@@ -377,7 +370,6 @@ def main(
             f"temperature {temperature}, top-p {top_p}; expected a temperature above 0 and a top-p "
             "above 0, at most 1."
         )
-    keep_compiled()
     sampling = Sampling(temperature, top_p) if sample else Sampling()
     sampling = dataclasses.replace(sampling, seed=seed, max_new_tokens=max_new_tokens)
     if serve_page:

@@ -1,9 +1,9 @@
 """Command: a chapter run from the command line.
 
 Every error that a user can cause is one line, and exit code 1; Ctrl-C is one line, and 130. What a
-terminal cannot show is printed as "?".
+terminal cannot show is printed as "?". What XLA has compiled is kept for the next start.
 
-Reads: nothing of ours.   Read next: files.py.
+Reads: files.py.   Read next: containers.py.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+
+from runtime import files
 
 Config = TypeVar("Config")
 
@@ -42,6 +44,7 @@ def run(main: Callable[[], object], stopped: str = "stopped") -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    keep_compiled()
     try:
         with _ctrl_c_is_heard(stopped):
             main()
@@ -59,6 +62,13 @@ def run(main: Callable[[], object], stopped: str = "stopped") -> None:
     if jax.distributed.is_initialized():
         os._exit(1)  # an orderly end would wait for the others
     sys.exit(1)
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ line where it is not what it should be. What we write stands beside its place un
 crash, a full disk or a second process never leaves half of a file. A folder may also lie in a
 bucket (gs://...), where an object is whole by itself.
 
-Reads: nothing of ours.   Read next: weights.py.
+Reads: nothing of ours.   Read next: command.py.
 """
 
 import codecs

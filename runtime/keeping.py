@@ -10,6 +10,7 @@ Reads: sharding.py, connector.py, data.py, answers.py.   Read next: train.py.
 """
 
 import time
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from runtime import answers, sharding
 
 ROOM = 1 << 30  # bytes, for `--frozen-states auto`
 AT_ONCE = 16  # clips of a device
+THREADS = 4  # that decode the next ones
 PARTS = "encoder", "teacher"  # of `cost.flops`, that a step then does not do
 
 
@@ -51,11 +53,17 @@ def keep(
     teacher's, weights [clips] whether a clip could be decoded."""
     load, clips, began = data.samples(corpus), len(corpus.ids), time.perf_counter()
     size, kept = AT_ONCE * mesh.size, []
-    for first in range(0, clips, size):
-        rows = [load(min(i, clips - 1)) for i in range(first, first + size)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        said = _say(diva, sharding.to_devices(batch, mesh), template)
-        kept.append((*jax.device_get(said), batch["weights"]))
+    with ThreadPool(THREADS) as pool:
+
+        def read(first: int) -> Any:
+            return pool.map_async(load, [min(first + i, clips - 1) for i in range(size)])
+
+        ahead = read(0)
+        for first in range(0, clips, size):
+            rows, ahead = ahead.get(), read(first + size)  # while the devices compute
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            said = _say(diva, sharding.to_devices(batch, mesh), template)
+            kept.append((*jax.device_get(said), batch["weights"]))
     audio, taught, weights = (np.concatenate(part)[:clips] for part in zip(*kept, strict=True))
     size = (audio.nbytes + taught.nbytes) / 1e6
     print(

@@ -6,13 +6,11 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -431,7 +429,6 @@ def test_an_instruction_that_is_told_leaves_all_words_to_clips(told, tmp_path):
 def test_a_clip_that_is_missing_is_named_before_models_are_loaded(words, tmp_path, monkeypatch):
     """Also one with a blank in its name; and one word alone is no instruction."""
     there = write(tmp_path / "a.wav", tone(0.1))
-    monkeypatch.setattr(demo, "keep_compiled", lambda: None)
     monkeypatch.setattr(demo.Assistant, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(FileNotFoundError, match=rf"^{words[-1]} is missing; .*--instruction TEXT"):
         tyro.cli(demo.main, args=[word.format(a=there) for word in words])
@@ -439,7 +436,6 @@ def test_a_clip_that_is_missing_is_named_before_models_are_loaded(words, tmp_pat
 
 def test_the_command_prints_what_was_heard_and_answered(capsys, monkeypatch):
     """Two clips: two turns."""
-    monkeypatch.setattr(demo, "keep_compiled", lambda: None)
     clips = [row["audio"] for row in questions(2)]
     tyro.cli(demo.main, args=[*clips, "Repeat the input.", "--max-new-tokens", "12"])
     lines = capsys.readouterr().out.splitlines()
@@ -466,21 +462,3 @@ def test_the_page_without_gradio_says_what_to_install(assistant, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[demo\]'"):
         demo.page(assistant, demo.Sampling(), long=False)
-
-
-def test_what_was_compiled_is_kept_where_the_user_says_or_in_the_cache(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir, jax.config.values[MINIMUM]
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        demo.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir == os.path.join(tmp_path, "diva", "xla")
-        jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-        demo.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir == "/elsewhere"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update(MINIMUM, before[1])
-
-
-MINIMUM = "jax_persistent_cache_min_compile_time_secs"

@@ -56,7 +56,7 @@ def house() -> str:
 
 
 READING = [
-    *"runtime.command runtime.files runtime.containers runtime.parquet".split(),
+    *"runtime.files runtime.command runtime.containers runtime.parquet".split(),
     *"runtime.recording runtime.sharding runtime.attention".split(),
     *"runtime.settings runtime.template".split(),
     *"weights whisper llama generate connector distill_loss data".split(),

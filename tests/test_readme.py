@@ -116,7 +116,6 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
         asked.append(model)
         raise InterruptedError
 
-    monkeypatch.setattr(demo, "keep_compiled", lambda: None)
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
     monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)

@@ -125,6 +125,31 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding):
     assert error.endswith("error: ? is missing\n") and "Traceback" not in error
 
 
+# What was compiled ---------------------------------------------------------------------------
+
+
+def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
+    """In the cache, or where the user says; the second start compiles nothing anew."""
+    code = (
+        "import jax\n"
+        "from runtime import command\n"
+        "jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)\n"
+        "def main():\n"
+        "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "    jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((3, 4)))\n"
+        "command.run(main)"
+    )
+    for where in (tmp_path / "diva" / "xla", tmp_path / "elsewhere"):
+        told = {} if where.name == "xla" else {"JAX_COMPILATION_CACHE_DIR": str(where)}
+        environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""} | told
+        kept = []
+        for _ in range(2):
+            process = started(code, **environment)
+            assert process.wait(timeout=60) == 0, process.communicate()
+            kept.append({file.name for file in where.iterdir() if file.name.endswith("-cache")})
+        assert kept[0] and kept[0] == kept[1]
+
+
 # Numbers -------------------------------------------------------------------------------------
 
 
