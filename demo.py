@@ -18,6 +18,7 @@ Reads: weights.py, llama.py, generate.py, connector.py.   The last chapter.
 import dataclasses
 import functools
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -222,17 +223,19 @@ SENTENCES = (
 )
 
 
+TOY_SAYS = (
+    "**This is the toy model**: it knows some 200 words, says nothing sensible about anything "
+    "else, and takes each sentence for itself."
+)
+
+
 def notice(assistant: Assistant, long: bool) -> str:
     """What one must know before one speaks."""
     note = f"Speak for at most {assistant.window:g} s"
     note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
     if not assistant.toy:
         return note
-    return (
-        "**This is the toy model**: it knows some 200 words, says nothing sensible about "
-        f"anything else, and takes each sentence for itself. {note} Try: "
-        + "; ".join(f"*{text}*" for text in SENTENCES)
-    )
+    return f"{TOY_SAYS} {note} Try: " + "; ".join(f"*{text}*" for text in SENTENCES)
 
 
 def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
@@ -392,6 +395,8 @@ def talk(
     long: bool,
 ) -> None:
     """Answer clip after clip in the terminal: what was heard, and the answer as it is generated."""
+    if assistant.toy:
+        print(TOY_SAYS.replace("*", ""), file=sys.stderr)
     turns = []
     for clip in clips:
         shown = ""

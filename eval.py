@@ -169,7 +169,7 @@ def evaluate(
         for example in (suites.sample(task.examples, limit) if limit else task.examples)
     ]
     others, home = read_others(predictions, items), weights.resolve(model)
-    folder = Path(out or (home if Path(model).is_dir() else Path("runs") / Path(model).name))
+    folder = results_in(model, home, out)
     folder.mkdir(parents=True, exist_ok=True)
     kept = Predictions(folder / "predictions.jsonl", fingerprint(home))
     ask_what_is_lacking(home, items, kept, batch_size)
@@ -191,6 +191,14 @@ def evaluate(
     report.write(folder, found, items, answers, scores, heard)
     print(report.table(found))
     return found
+
+
+def results_in(model: str | Path, home: Path, out: str | Path | None) -> Path:
+    """`out`; else the folder of a run; else runs/NAME: nothing of ours is written beside weights
+    that came from elsewhere."""
+    if out is not None:
+        return Path(out)
+    return home if (home / "train.json").is_file() else Path("runs") / Path(model).name
 
 
 def read_others(predictions: Sequence[str], items: list[Item]) -> dict[str, list[str | None]]:
@@ -239,8 +247,8 @@ def main(
         limit: at most so many clips of each task, drawn at random (0: all).
         batch_size: clips at a time.
         predictions: answers of other systems to the same clips, NAME=FILE.jsonl.
-        out: where eval.json, predictions.jsonl, report.html and the rest go (default: the model's
-            folder).
+        out: where eval.json, predictions.jsonl, report.html and the rest go (default: the folder
+            of a run; of any other model runs/NAME).
     """
     evaluate(model, tasks, split, limit, batch_size, predictions, out)
 

@@ -219,7 +219,7 @@ class DecoderLayer(eqx.Module):
         """One token [B, 1, D] at `position`, with this layer's cache; returns x and what of the
         cache has changed."""
         normal = self.self_attn_layer_norm(x)
-        new = sharding.to_clips(by_head(self.self_attn.keys_values(normal)))
+        new = sharding.to_clips(heads_first(self.self_attn.keys_values(normal)))
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 2)
             for old, fresh in zip(cache["self"], new, strict=True)
@@ -233,7 +233,7 @@ class DecoderLayer(eqx.Module):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
 
 
-def by_head(keys_values):
+def heads_first(keys_values):
     """[..., T, H, K] -> [..., H, T, K], of keys and of values."""
     return jax.tree.map(lambda x: x.swapaxes(-3, -2), keys_values)
 
@@ -317,7 +317,7 @@ class Decoder(eqx.Module):
 
         def cross_of(_, layer):
             module = sharding.gather(layer.encoder_attn, states.dtype)
-            return None, sharding.by_clip(by_head(module.keys_values(states)))
+            return None, sharding.by_clip(heads_first(module.keys_values(states)))
 
         cross = jax.lax.scan(cross_of, None, self.layers)[1]
         keys = cross[0]  # [N, B, H, T, K]

@@ -223,7 +223,7 @@ def main(
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     measured = measure(asr, llm)
     if jax.default_backend() == "gpu":
-        FILE.write_text(json.dumps(measured, indent=1) + "\n")
+        side_by_side.write(FILE, measured)
     else:
         print("not a GPU: nothing is kept")
     print(table(measured) + "\n\n" + json.dumps(measured["limits"]))

@@ -126,9 +126,17 @@ def machine(*packages: str) -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}; {versions}"
 
 
+def write(file: Path, measured: Any) -> None:
+    """Write what was measured to runs/benchmarks. Who takes its table into README copies it to
+    `file`, beside the benchmarks: until then README and what it was made of agree."""
+    fresh = file.parents[1] / "runs" / "benchmarks" / file.name
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text(json.dumps(measured, indent=1) + "\n")
+
+
 def keep(file: Path, measured: dict[str, Any], table: Callable[[dict], str]) -> None:
-    """Write what was measured to its JSON, and print README's table of it and the machine."""
-    file.write_text(json.dumps(measured, indent=1) + "\n")
+    """Write what was measured, and print README's table of it and the machine."""
+    write(file, measured)
     print(table(measured) + "\n\n" + measured["machine"])
 
 
@@ -138,5 +146,5 @@ def keep_each(file: Path, rows: Iterable[dict], table: Callable[[list], str]) ->
     for row in rows:
         known.append(row)
         print(json.dumps(row), flush=True)
-        file.write_text(json.dumps(known, indent=1) + "\n")
+        write(file, known)
     print(table(known))

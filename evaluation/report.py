@@ -311,7 +311,7 @@ PAGE = """<!doctype html>
 <title>@TITLE@</title>
 <style>
   body { font: 15px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;
-         padding: 0 1rem; color: #222; background: #fff }
+         padding: 0 1rem; color: #222; background: #fff; overflow-wrap: anywhere }
   pre { overflow-x: auto; font-size: 12px; line-height: 1.3 }
   img { max-width: 100%; display: block; margin: 1rem 0; background: #fff }
   form { display: flex; flex-wrap: wrap; gap: .8rem; position: sticky; top: 0; padding: .6rem 0;

@@ -438,7 +438,9 @@ def test_the_command_prints_what_was_heard_and_answered(capsys, monkeypatch):
     """Two clips: two turns."""
     clips = [row["audio"] for row in questions(2)]
     tyro.cli(demo.main, args=[*clips, "Repeat the input.", "--max-new-tokens", "12"])
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert said.err.startswith("This is the toy model: it knows some 200 words")
     assert [line.split(":")[0] for line in lines[::3]] == ["heard", "heard"]
     assert lines[1].startswith("answer: what is") and "first token after" in lines[2]
     tyro.cli(demo.main, args=[*clips, "--instruction", "Repeat the input."])

@@ -996,6 +996,15 @@ def test_a_repo_is_evaluated_into_a_folder_of_its_name(tmp_path, made_up, monkey
     assert (tmp_path / "runs/diva-8b/eval.json").is_file()
 
 
+def test_results_stay_with_a_run_and_never_beside_other_weights(tmp_path):
+    """A clone's own student is left as it is: what git keeps is not written over."""
+    (tmp_path / "train.json").touch()
+    assert evaluation.results_in(tmp_path, tmp_path, None) == tmp_path
+    assert evaluation.results_in("toy/diva", Path("toy/diva"), None) == Path("runs/diva")
+    assert evaluation.results_in("owner/NAME", Path("/cache/7f"), None) == Path("runs/NAME")
+    assert evaluation.results_in(tmp_path, tmp_path, "here") == Path("here")
+
+
 def test_every_option_of_the_command_is_one_of_evaluate(monkeypatch):
     calls = []
 
