@@ -3,7 +3,7 @@
 Traces, lowers and compiles train.py's step for the CPU, from shapes alone: of the toy, and of
 diva-8b; each as it is and with every stack of layers twice and four times as deep. A layer is
 compiled once, whatever their number: neither the time nor the program grows. Prints README's table;
-benchmarks/compiling.json keeps it.
+runs/benchmarks/compiling.json keeps it.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 
 import llama
 import train
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parents[1]
 KILLS = 20
 LONGEST = 20.0  # seconds that a killed process lived, at most: from its first import to its export
@@ -77,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

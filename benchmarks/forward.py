@@ -3,7 +3,7 @@
 Needs `pip install '.[parity]'`. Log-mel, Whisper's encoder, and the LLM's prefill (hidden states of
 a prompt, and its cache), with random weights in the sizes of Whisper-tiny and a Llama of 60 million
 parameters, in float32 on the CPU. The results are compared before anything is timed. Prints
-README's table; benchmarks/forward.json keeps it.
+README's table; runs/benchmarks/forward.json keeps it.
 """
 
 import tempfile
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import llama
 import whisper
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

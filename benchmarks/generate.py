@@ -8,7 +8,7 @@ Needs `pip install '.[parity]'`. All in float32, greedy, on the CPU.
    and the same LLM: the toy models on a spoken question; and random weights in the sizes of
    Whisper-base and the LLM above, the transcript being of 13 tokens (Common Voice's mean).
 
-Prints README's two tables; benchmarks/generate.json keeps them.
+Prints README's two tables; runs/benchmarks/generate.json keeps them.
 """
 
 import tempfile
@@ -21,6 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import connector
 import generate
@@ -156,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

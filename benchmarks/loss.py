@@ -3,7 +3,7 @@
 The three of --response-loss (distill_loss.py) at the sizes of Llama-3-8B, V = 128,256 and
 E = 4,096, for a batch of 64 states, in float32; and beside them the plain KL, by two log-softmaxes
 over all logits. Memory is what the compiled program needs beside its arguments. Prints README's
-table; benchmarks/loss.json keeps it.
+table; runs/benchmarks/loss.json keeps it.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import distill_loss
 from benchmarks import side_by_side
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

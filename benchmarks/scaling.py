@@ -3,11 +3,13 @@
 Compiles train.py's step of diva-8b, always with the same 128 clips, for slices of 1, 8, 64 and 128
 TPUs, without one (pip install '.[tpu]'); and reads from each compiled program what one chip
 computes, holds and sends. This says nothing of time, only that the work is divided and not
-repeated. Prints README's table; benchmarks/scaling.json keeps it.
+repeated. Prints README's table; runs/benchmarks/scaling.json keeps it.
 """
 
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 import train
 from benchmarks import side_by_side
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -1,10 +1,12 @@
 """What a step takes on TPUs: `python -m benchmarks.slices` (about fifteen minutes on 2 cores).
 
 Compiles the published recipe for slices of TPUs, without one (pip install '.[tpu]'), and prints
-the table of runtime/README.md. What was measured is kept in benchmarks/slices.json.
+the table of runtime/README.md. What was measured is kept in runs/benchmarks/slices.json.
 """
 
 from pathlib import Path
+
+import tyro
 
 import train
 from benchmarks import side_by_side
@@ -73,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

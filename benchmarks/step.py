@@ -4,7 +4,7 @@ Needs `pip install '.[parity]'`. Two programs with the same weights, batch, loss
 float32 on the CPU: train.py's own step; and the same DiVA made of transformers' Whisper and Llama
 (benchmarks/peer.py), eager and under torch.compile. First it is shown that both losses and the
 gradient of every trained tensor agree; then the sides take turns. Prints README's table;
-benchmarks/step.json keeps it.
+runs/benchmarks/step.json keeps it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 import connector
 import llama
@@ -194,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

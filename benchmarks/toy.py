@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tyro
+
 from evaluation import systems
 
 ROOT = Path(__file__).parents[1]
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

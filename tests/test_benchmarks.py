@@ -27,6 +27,7 @@ def test_every_command_is_there_and_is_named():
     for name in files:  # each names itself first
         opening = (FOLDER / f"{name}.py").read_text().splitlines()[0]
         assert f"`python -m benchmarks.{name}`" in opening
+        assert re.search(r"tyro\.cli\(main", (FOLDER / f"{name}.py").read_text()), "--help"
     assert all((FOLDER / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", README))
 
 

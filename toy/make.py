@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import soundfile as sf
+import tyro
 from scipy.signal import resample_poly
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import trange
@@ -549,4 +550,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
