@@ -4,8 +4,8 @@ train.py's own step on random weights in the sizes of diva-8b, in bfloat16, with
 and each implementation of attention; and generate.generate at batch 1. The figures are held against
 what this very card reaches: the rate of a large matrix product, and of streaming through memory.
 Each row runs in a process of its own; the first takes the largest of BATCHES that fits, the others
-no more than that. Prints README's tables; runs/benchmarks/gpu.json keeps them. It runs on any device
-that JAX has; with the toy's sizes (--asr toy/whisper --llm toy/llama) on a laptop, to try it.
+no more than that. Prints README's tables; runs/benchmarks/gpu.json keeps them. It runs on any
+device that JAX has; to try it on a laptop: --asr toy/whisper --llm toy/llama, the toy's sizes.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiling, forward, generate, gpu, loss, scaling, speech, step
+from benchmarks import compiling, forward, generate, gpu, loss, pair, scaling, speech, step
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def test_every_command_is_there_and_is_named():
     assert all((FOLDER / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", README))
 
 
-@pytest.mark.parametrize("module", [generate, step, forward, loss, compiling, scaling, gpu])
+@pytest.mark.parametrize("module", [generate, step, forward, loss, compiling, scaling, gpu, pair])
 def test_the_tables_are_what_was_measured(module):
     """Each is what its benchmark prints from its JSON, on the processor that README names."""
     measured = read(module)
