@@ -63,6 +63,8 @@ def read_clips(
 
     Raises FileNotFoundError or ValueError that names file and line.
     """
+    if Path(split).name != split or split in ("", ".."):
+        raise ValueError(f"split {split!r}: expected a name, such as train. Check --split.")
     path, clips, bad = parquet.downloaded(Path(path), split), [], []
     if (path / f"{split}.tsv").is_file():
         rows = _common_voice_rows(path / f"{split}.tsv", bad)

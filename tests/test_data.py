@@ -222,6 +222,12 @@ def test_a_missing_split_is_refused_with_those_that_are_there(voice):
     refused(FileNotFoundError, partial(data.read_clips, voice), "found nothing of the kind")
 
 
+@pytest.mark.parametrize("split", ["", ".", "..", "/train", "a/b", "train/"])
+def test_a_split_is_a_name(voice, split):
+    say = f"split {split!r}: expected a name"
+    refused(ValueError, partial(data.read_clips, voice, split), say)
+
+
 def test_an_empty_split_is_refused(voice):
     (voice / "train.tsv").write_text(V17 + "\n")
     say = f"{voice}: split 'train' lists no clip; expected at least one"
