@@ -32,12 +32,13 @@ import numpy as np
 import soundfile
 import tyro
 from jaxtyping import Array, Float, Int
+from safetensors.numpy import save_file
 
 import connector
 import generate
 import llama
 import weights
-from runtime import command, recording, sharding
+from runtime import command, files, recording, sharding
 from runtime.recording import SAMPLE_RATE
 
 TOY = Path(__file__).parent / "toy"
@@ -351,6 +352,7 @@ def main(
     serve_page: Annotated[bool, tyro.conf.arg(name="serve")] = False,
     host: str = "127.0.0.1",
     port: int = 7860,
+    embeddings: Path | None = None,
 ) -> None:
     """Talk to a DiVA.
 
@@ -367,6 +369,7 @@ def main(
         serve_page: open a page with a microphone instead.
         host: where the page is to be seen; 0.0.0.0 for all who can reach this machine.
         port: its port.
+        embeddings: write the prompt of one recording here, for another program to answer.
     """
     if sample and not (temperature > 0 and 0 < top_p <= 1):
         raise ValueError(
@@ -382,9 +385,32 @@ def main(
         serve(blocks, host, port)
         return
     clips, instruction = clips_and_instruction(words, instruction)
+    if embeddings and len(clips) > 1:
+        raise ValueError(f"--embeddings {embeddings}: {len(clips)} recordings; expected one.")
     for clip in clips:  # what cannot be heard is refused before weights are read
         recording.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
-    talk(Assistant.load(model), clips, instruction, sampling, long)
+    assistant = Assistant.load(model)
+    if embeddings:
+        write_prompt(embeddings, assistant, clips[0], instruction, long)
+    else:
+        talk(assistant, clips, instruction, sampling, long)
+
+
+def write_prompt(
+    file: Path, assistant: Assistant, clip: str, instruction: str | None, long: bool
+) -> None:
+    """What any program that has the LLM needs to answer a recording, in float32: prompt_embeds
+    [L, E], the whole prompt; and of it virtual_tokens [Q, E], which begin at row `start` (said in
+    the file's metadata)."""
+    virtual = assistant.listen(clip, long)
+    embeds, length = assistant.prompt((), virtual, instruction)
+    prompt = np.asarray(embeds[0, :length], np.float32)
+    start = len(assistant.chat.around(instruction, [])[0])
+    arrays = {"prompt_embeds": prompt, "virtual_tokens": prompt[start : start + len(virtual)]}
+    with files.whole(file) as partial:
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(arrays, partial, {"start": str(start)})
+    print(f"{file}: {length} positions, of which {len(virtual)} are speech, from {start} on")
 
 
 def talk(

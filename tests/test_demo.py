@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import soundfile
 import tyro
 
@@ -104,6 +105,24 @@ def test_a_prompt_is_the_turn_that_was_trained_with(assistant):
     turn = assistant.diva.embed_turn(jnp.asarray(virtual)[None], prefix, suffix)
     assert turn.shape[1] == length and embeds.shape[1] == generate.padded(length)
     np.testing.assert_array_equal(embeds[:, :length], turn)
+
+
+def test_the_prompt_is_written_for_other_programs(tmp_path, capsys):
+    """As embeddings, with the place of the speech; of one recording, or it is refused."""
+    file = tmp_path / "new" / "prompt.safetensors"
+    tyro.cli(demo.main, args=[str(QUESTION), "Be brief.", "--embeddings", str(file)])
+    assistant = demo.Assistant.load("toy/diva")
+    virtual = assistant.listen(QUESTION)
+    embeds, length = assistant.prompt((), virtual, "Be brief.")
+    with safetensors.safe_open(file, "numpy") as found:
+        start = int(found.metadata()["start"])
+        prompt, speech = map(found.get_tensor, ("prompt_embeds", "virtual_tokens"))
+    np.testing.assert_array_equal(prompt, embeds[0, :length])
+    np.testing.assert_array_equal(speech, virtual)
+    np.testing.assert_array_equal(prompt[start : start + len(virtual)], virtual)
+    assert f"{length} positions, of which {len(virtual)} are speech" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="2 recordings; expected one"):
+        tyro.cli(demo.main, args=[*2 * [str(QUESTION)], "--embeddings", str(file)])
 
 
 def test_a_conversation_holds_all_turns_in_order(assistant):

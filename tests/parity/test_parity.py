@@ -17,6 +17,7 @@ import checks
 import make_fixtures
 
 import connector
+import demo
 import llama
 import whisper
 from benchmarks import step
@@ -97,3 +98,16 @@ def test_a_step_has_the_losses_and_the_gradient_of_pytorchs():
     batch = step.make_batch(folder, 4, turn)
     found = step.agreement(folder, batch, recipe.PRESETS["toy"])  # raises if they do not agree
     assert found["tensors"] == 102
+
+
+@pytest.mark.parametrize("instruction", [None, "Repeat the input."])
+def test_transformers_answers_a_written_prompt(tmp_path, instruction):
+    """From the embeddings alone, as runtime/README.md says: the same tokens as our own answer."""
+    assistant = demo.Assistant.load("toy/diva")
+    clip = sorted(Path("toy/common_voice/en/clips").glob("toy_en_dev_*.opus"))[3]
+    demo.write_prompt(tmp_path / "prompt.safetensors", assistant, str(clip), instruction, False)
+    embeds = load_file(tmp_path / "prompt.safetensors")["prompt_embeds"]
+    theirs = transformers.LlamaForCausalLM.from_pretrained("toy/llama", dtype=torch.float32)
+    ids = theirs.generate(inputs_embeds=embeds[None], max_new_tokens=20, do_sample=False)
+    *_, reply = assistant.answer(str(clip), (), instruction, demo.Sampling(max_new_tokens=20))
+    assert assistant.chat.decode(ids[0].tolist()).strip() == reply.turn.answer != ""
