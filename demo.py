@@ -322,9 +322,12 @@ def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
 # The command
 
 
-def clips_and_instruction(words: Sequence[str], told: str | None) -> tuple[list[str], str | None]:
+def clips_and_instruction(
+    words: Sequence[str], told: str | None, one: bool = False
+) -> tuple[list[str], str | None]:
     """Without an instruction `told`, the last word is one, if it has a blank, is no file, and does
-    not end as recordings do. Raises FileNotFoundError for a clip that is missing."""
+    not end as recordings do. Raises FileNotFoundError for a clip that is missing, ValueError for
+    several where `one` is expected."""
     clips, last = list(words), words[-1] if len(words) > 1 else ""
     is_clip = os.path.exists(last) or Path(last).suffix.lower() in ENDINGS
     if told is None and " " in last and not is_clip:
@@ -334,7 +337,19 @@ def clips_and_instruction(words: Sequence[str], told: str | None) -> tuple[list[
             f"{missing[0]} is missing; expected an audio file. Check the path; what is meant as an "
             "instruction can be given as --instruction TEXT."
         )
+    if one and len(clips) > 1:
+        raise ValueError(f"{len(clips)} recordings; expected one, whose prompt can be written.")
     return clips, told
+
+
+def drawing(temperature: float, top_p: float) -> tuple[float, float]:
+    """Both, if tokens can be drawn so. Raises ValueError."""
+    if not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top-p {top_p}; expected a temperature above 0 and a top-p "
+            "above 0, at most 1."
+        )
+    return temperature, top_p
 
 
 def main(
@@ -371,29 +386,21 @@ def main(
         port: its port.
         embeddings: write the prompt of one recording here, for another program to answer.
     """
-    if sample and not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(
-            f"temperature {temperature}, top-p {top_p}; expected a temperature above 0 and a top-p "
-            "above 0, at most 1."
-        )
-    sampling = Sampling(temperature, top_p) if sample else Sampling()
-    sampling = dataclasses.replace(sampling, seed=seed, max_new_tokens=max_new_tokens)
+    heat, share = drawing(temperature, top_p) if sample else (0.0, 1.0)
+    sampling = Sampling(heat, share, seed, max_new_tokens)
     if serve_page:
         assistant = Assistant.load(model)
         blocks = page(assistant, sampling, long)
         assistant.warm_up(sampling)
         serve(blocks, host, port)
         return
-    clips, instruction = clips_and_instruction(words, instruction)
-    if embeddings and len(clips) > 1:
-        raise ValueError(f"--embeddings {embeddings}: {len(clips)} recordings; expected one.")
+    clips, instruction = clips_and_instruction(words, instruction, one=bool(embeddings))
     for clip in clips:  # what cannot be heard is refused before weights are read
         recording.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
     assistant = Assistant.load(model)
     if embeddings:
-        write_prompt(embeddings, assistant, clips[0], instruction, long)
-    else:
-        talk(assistant, clips, instruction, sampling, long)
+        return write_prompt(embeddings, assistant, clips[0], instruction, long)
+    talk(assistant, clips, instruction, sampling, long)
 
 
 def write_prompt(
