@@ -121,7 +121,7 @@ def test_the_prompt_is_written_for_other_programs(tmp_path, capsys):
     np.testing.assert_array_equal(speech, virtual)
     np.testing.assert_array_equal(prompt[start : start + len(virtual)], virtual)
     assert f"{length} positions, of which {len(virtual)} are speech" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="^2 recordings; expected one"):
+    with pytest.raises(ValueError, match=r"^2 recordings; expected one"):
         tyro.cli(demo.main, args=[*2 * [str(QUESTION)], "--embeddings", str(file)])
 
 
