@@ -3,6 +3,7 @@
 Needs the `tpu` extra (libtpu) and no TPU. Run by name, minutes: pytest tests/tpu
 """
 
+import glob
 import importlib.util
 import os
 import subprocess
@@ -13,6 +14,7 @@ import equinox as eqx
 import pytest
 import test_cost
 
+import runtime
 import train
 import whisper
 from runtime import compiling, cost, recipe, sharding
@@ -120,3 +122,17 @@ def test_what_cannot_be_compiled_is_one_line(flags, said):
     assert (done.returncode, done.stdout) == (1, began)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {said}") and "xpected" in line
+
+
+@pytest.mark.skipif(any(map(glob.glob, runtime.DEVICES)), reason="there is an accelerator here")
+def test_without_an_accelerator_the_cpu_is_taken_without_a_word():
+    """libtpu is installed to compile for slices elsewhere: that is not worth ten lines of warning."""
+    environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "llama.py", "what is two plus five"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout and not done.stderr
