@@ -126,7 +126,7 @@ def test_what_cannot_be_compiled_is_one_line(flags, said):
 
 @pytest.mark.skipif(any(map(glob.glob, runtime.DEVICES)), reason="there is an accelerator here")
 def test_without_an_accelerator_the_cpu_is_taken_without_a_word():
-    """libtpu is installed to compile for slices elsewhere: that is not worth ten lines of warning."""
+    """libtpu is installed to compile for slices elsewhere: not worth ten lines of warning."""
     environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "llama.py", "what is two plus five"],
