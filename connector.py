@@ -371,9 +371,7 @@ def heard(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]
 
 
 def main(
-    clip: Annotated[Path, tyro.conf.Positional] = Path(
-        "toy/common_voice/en/clips/toy_en_test_00000.opus"
-    ),
+    clip: Annotated[Path, tyro.conf.Positional] = command.EXAMPLE,
     model: str = "toy/diva",
     last: int = 8,
 ) -> None:

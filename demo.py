@@ -353,9 +353,7 @@ def drawing(temperature: float, top_p: float) -> tuple[float, float]:
 
 
 def main(
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (
-        str(TOY / "common_voice/en/clips/toy_en_test_00000.opus"),
-    ),
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (str(command.EXAMPLE),),
     instruction: str | None = None,
     model: str = "toy/diva",
     sample: bool = False,

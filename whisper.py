@@ -422,9 +422,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def main(
-    clip: Annotated[Path, tyro.conf.Positional] = Path(
-        "toy/common_voice/en/clips/toy_en_test_00000.opus"
-    ),
+    clip: Annotated[Path, tyro.conf.Positional] = command.EXAMPLE,
     model: str = "toy/whisper",
     language: str = "en",
     long: bool = False,

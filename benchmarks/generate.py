@@ -72,7 +72,7 @@ def toy() -> tuple:
     diva = connector.DiVA.load(ROOT / "toy/diva")
     asr = generate.Transcriber.load(ROOT / "toy/whisper")
     chat = llama.Chat.load(ROOT / "toy/llama")
-    clip = ROOT / "toy/common_voice/en/clips/toy_en_test_00000.opus"
+    clip = ROOT / "toy/common_voice/en/clips/toy_en_test_00478.opus"
     audio = recording.load_window(clip, diva.window_samples)
     return diva, lambda x: chat.encode(asr(x)[0]), audio, chat.wrap()
 

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -32,6 +33,7 @@ ALONE = (
 )
 
 
+EXAMPLE = Path("toy/common_voice/en/clips/toy_en_test_00478.opus")  # what is the capital of france
 STOPPED = 130  # exit code after Ctrl-C, as shells have it
 PATIENCE = 2.0  # seconds
 

@@ -17,7 +17,8 @@ import demo
 import eval as evaluation
 from benchmarks import slices, toy
 from evaluation import suites, systems
-from runtime import recipe
+from runtime import files, recipe
+from runtime.command import EXAMPLE
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("", "runtime", "evaluation", "toy", "benchmarks", "tests")
@@ -44,6 +45,16 @@ def test_the_examples_print_what_is_shown(command, output):
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == output
+
+
+def test_the_default_clip_says_what_readme_says():
+    """As the list of the test split has it, and as Whisper and the shipped student hear it."""
+    rows = files.table(ROOT / "toy/common_voice/en/test.tsv", ["path", "sentence"], [], **files.TSV)
+    (said,) = (row["sentence"] for _, row in rows if row["path"] == EXAMPLE.name)
+    assert f'says "{said}"' in " ".join(README.split())
+    outputs = {tuple(line.split()[1:]): output for line, output in console_examples()}
+    assert outputs["whisper.py",] == said
+    assert outputs["connector.py",].splitlines()[1].endswith(said)
 
 
 def test_there_is_an_example_of_every_chapter_that_answers_at_once():
@@ -90,7 +101,7 @@ def test_the_shown_table_is_that_of_the_default_command():
 def test_the_training_commands_are_understood():
     """Every `python train.py` command of README parses, flags and all."""
     text = ALL.replace("\\\n", " ")
-    commands = set(re.findall(r"python train\.py([^`\n>&]*)", text))
+    commands = set(re.findall(r"python train\.py([^`\n>&|]*)", text))
     assert any("--preset diva-8b" in command for command in commands)
     for command in commands - {" --help"}:
         recipe.parse(shlex.split(command, comments=True))
@@ -120,6 +131,8 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
     monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     monkeypatch.chdir(tmp_path)
+    EXAMPLE.parent.mkdir(parents=True)
+    EXAMPLE.touch()
     for command in commands:
         words = shlex.split(command)
         for clip in (word for word in words if Path(word).suffix in demo.ENDINGS):
