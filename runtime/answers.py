@@ -48,13 +48,15 @@ def turn(chat: llama.Chat, instructions: str | None) -> dict[str, Any]:
     """What stands around the user's words: prefix and suffix of the template; and the prefixes
     without an instruction and with each line of a file of them, if one is given.
 
-    Raises FileNotFoundError, or ValueError for a file without an instruction.
+    Raises ValueError for a file that is missing, or without an instruction.
     """
     found: dict[str, Any] = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
     if instructions:
-        lines = [line.strip() for _, line in files.text_lines(Path(instructions))]
+        file = Path(instructions)
+        lines = [line.strip() for _, line in files.text_lines(file)] if file.is_file() else []
         if not lines:
-            raise ValueError(f"{instructions}: no instruction; expected one on each line.")
+            lacks = "no instruction" if file.is_file() else "no such file"
+            raise ValueError(f"--instructions {file}: {lacks}; expected one on each line.")
         found["prefixes"] = [found["prefix"], *(chat.wrap(line)[0] for line in lines)]
     return found
 

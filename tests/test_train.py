@@ -756,7 +756,7 @@ def test_a_file_without_an_instruction_is_refused(root, tmp_path, instructions, 
     ):
         train.run(config)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere: no such file"):
         train.run(dataclasses.replace(config, instructions=str(tmp_path / "nowhere")))
 
 
