@@ -1,9 +1,8 @@
-"""Eight devices on any CPU, so that every test of sharding runs everywhere; caches of their own."""
+"""Eight devices on any CPU, so that every test of sharding runs everywhere; a cache of its own."""
 
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,10 +12,6 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_PROCESSES"] = "1"  # whatever cluster the tests run on, they run alone
-# What is compiled is compiled once, for all tests and for the programs that they start.
-COMPILED = tempfile.TemporaryDirectory(prefix="xla-")  # removed at exit
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 @pytest.fixture(scope="session", autouse=True)
