@@ -67,10 +67,18 @@ def run(main: Callable[[], object], stopped: str = "stopped") -> None:
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
+    """Keep compiled programs in ~/.cache/diva/xla, unless JAX_COMPILATION_CACHE_DIR says where, or
+    nothing can be written there."""
+    folder = files.cache_folder() / "xla"
+    if not jax.config.jax_compilation_cache_dir and _can_write(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _can_write(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 @contextlib.contextmanager

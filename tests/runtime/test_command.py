@@ -150,6 +150,14 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
         assert kept[0] and kept[0] == kept[1]
 
 
+def test_where_nothing_can_be_kept_nothing_is_said(tmp_path):
+    (tmp_path / "a file").touch()
+    code = "import jax\nfrom runtime import command\ncommand.run(lambda: jax.numpy.ones(3) + 1)"
+    away = {"XDG_CACHE_HOME": str(tmp_path / "a file"), "JAX_COMPILATION_CACHE_DIR": ""}
+    process = started(code, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", **away)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+
+
 # Numbers -------------------------------------------------------------------------------------
 
 
