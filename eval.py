@@ -166,7 +166,7 @@ def evaluate(
     items = [
         Item(name, task.ask(example), example)
         for name, task in settings.items()
-        for example in (suites.sample(task.examples, limit) if limit else task.examples)
+        for example in some(task.examples, limit)
     ]
     others, home = read_others(predictions, items), weights.resolve(model)
     folder = results_in(model, home, out)
@@ -193,12 +193,19 @@ def evaluate(
     return found
 
 
+def some(examples: list[suites.Example], limit: int) -> list[suites.Example]:
+    """`limit` of them, drawn at random; all, if it is 0."""
+    groups = [example.group for example in examples]
+    return [examples[i] for i in significance.sample(groups, limit or len(groups))]
+
+
 def results_in(model: str | Path, home: Path, out: str | Path | None) -> Path:
     """`out`; else the folder of a run; else runs/NAME: nothing of ours is written beside weights
     that came from elsewhere."""
     if out is not None:
         return Path(out)
-    return home if (home / "train.json").is_file() else Path("runs") / Path(model).name
+    of_run = Path(model).is_dir() and (home / "train.json").is_file()
+    return home if of_run else Path("runs") / Path(model).name
 
 
 def read_others(predictions: Sequence[str], items: list[Item]) -> dict[str, list[str | None]]:
@@ -244,7 +251,7 @@ def main(
         model: folder of a trained DiVA, such as runs/toy, or a repo id.
         tasks: what to ask: SUITE=PATH for a benchmark of the paper, or a folder with tasks.json.
         split: another split than each suite's own; keep `test` for the last look.
-        limit: at most so many clips of each task, drawn at random (0: all).
+        limit: at most so many clips of each task, at random, of each group its share (0: all).
         batch_size: clips at a time.
         predictions: answers of other systems to the same clips, NAME=FILE.jsonl.
         out: where eval.json, predictions.jsonl, report.html and the rest go (default: the folder

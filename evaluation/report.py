@@ -24,13 +24,13 @@ import numpy as np
 
 from evaluation.metrics import METRICS, NO_LABELS
 from evaluation.published import PUBLISHED_SYSTEMS
-from evaluation.significance import ALPHA
-from evaluation.suites import sample
+from evaluation.significance import ALPHA, sample
 from runtime import files
 
 CASES = 50  # as many as the paper's authors read of each system
 SHOWN = 500  # clips of each task on the page; predictions.jsonl has all
 PER_BLOCK = 4  # systems beside each other in the terminal
+DRAWS = 50, 200, 1000  # clips
 NAME = 24  # width of the first column
 COLOURS = {"untrained": "#bbbbbb", "diva": "#c0392b", "cascade": "#2874a6", "text": "#444444"}
 MORE_COLOURS = ("#d68910", "#1e8449", "#7d3c98", "#117864", "#a04000")
@@ -75,6 +75,7 @@ def table(found: dict[str, Any]) -> str:
         "and differs from each of them",
     ]
     lines = [*_histograms(found), *_chances(found), *_signatures(found), *_errors(found)]
+    lines += _widths(found) if found["limit"] else []
     lines = [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ")]
     return "\n".join(["\n\n".join(blocks), *notes, *lines, *_published(found)]).rstrip()
 
@@ -103,6 +104,12 @@ def _row(name: str, entries: dict[str, dict], names: list[str]) -> str:
         score, low, high = (f"{entry[key]:{form}}" for key in ("score", "low", "high"))
         cells.append(f" {score:>5}{star} {low + '-' + high:11}")
     return (f"{name[:NAME]:{NAME}}" + "".join(cells)).rstrip()
+
+
+def _widths(found: dict[str, Any]) -> list[str]:
+    """What a draw is worth: an interval narrows with the root of the clips."""
+    sizes = ", ".join(f"{98 / n**0.5:.1f} from {n:,}" for n in (found["limit"], *DRAWS))
+    return [f"a share of right answers is known to +- points, at worst: {sizes} clips"]
 
 
 def _sign(metric: str) -> str:
@@ -239,6 +246,12 @@ def _plain(name: str) -> str:
 # Cases to be judged by hand
 
 
+def _some(items: list, task: str, most: int) -> list[int]:
+    """The numbers of some items of a task."""
+    numbers = [i for i, item in enumerate(items) if item.task == task]
+    return [numbers[i] for i in sample([items[i].example.group for i in numbers], most)]
+
+
 def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> str:
     """Answers of every system to the same questions, for each task that asks some: does it try to
     answer, or does it repeat the question? The last column is left for the reader's judgement."""
@@ -248,8 +261,7 @@ def cases(found: dict[str, Any], items: list, answers: dict, scores: dict) -> st
     for task, part in found["tasks"].items():
         if "prompt_ignoring" not in part["metrics"]:
             continue
-        numbers = [i for i, item in enumerate(items) if item.task == task]
-        for i in sample(numbers, CASES):
+        for i in _some(items, task, CASES):
             example = items[i].example
             for system in found["systems"]:
                 answer = answers[system][i]
@@ -272,7 +284,7 @@ def page(
     clips = []
     for task, part in found["tasks"].items():
         metric = headline(part)
-        for i in sample([i for i, item in enumerate(items) if item.task == task], SHOWN):
+        for i in _some(items, task, SHOWN):
             example = items[i].example
             path = os.path.relpath(example.audio, folder)
             values = [round(scores[system, i][metric], 1) for system in found["systems"]]

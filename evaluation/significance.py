@@ -27,6 +27,17 @@ ROUNDING = 1e-9  # sums of the same numbers in another order are not a differenc
 Combine = Callable[[np.ndarray], np.ndarray]  # sums [..., C] -> scores [...]
 
 
+def sample(groups: Sequence[str], most: int) -> list[int]:
+    """The numbers of at most `most` items at random, in order, given the group of each: of every
+    group its share, so that all items are equally likely and no score needs weights."""
+    if most >= len(groups):
+        return [*range(len(groups))]
+    rng = np.random.default_rng(0)
+    order = sorted(rng.permutation(len(groups)).tolist(), key=lambda i: groups[i])
+    at = (np.arange(most) + rng.random()) * len(groups) / most
+    return sorted(order[i] for i in at.astype(int))
+
+
 def by_sentence(
     columns: Float[np.ndarray, "N Y C"], sentences: Sequence[str], strata: Int[np.ndarray, "N"]
 ) -> Float[np.ndarray, "K Y C2"]:

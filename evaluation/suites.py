@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evaluation.unpack import (
     CP1252,
     find,
@@ -103,12 +101,6 @@ def reader(read: Callable[..., Rows]) -> Callable[..., list[Example]]:
         return examples
 
     return wrapped
-
-
-def sample(items: Sequence, most: int) -> list:
-    """At most `most` items at random, in their order; every n-th could meet one accent alone."""
-    chosen = np.random.default_rng(0).permutation(len(items))[:most]
-    return [items[i] for i in sorted(chosen)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -300,12 +301,18 @@ def test_what_is_missing_of_a_suite_is_named(tmp_path):
 
 
 def test_a_sample_is_random_but_the_same_and_in_order():
-    numbers = list(range(100, 200))
-    some = suites.sample(numbers, 20)
-    assert suites.sample(numbers, 20) == some == sorted(set(some))
-    assert len(some) == 20 and set(some) <= set(numbers)
-    assert len({b - a for a, b in itertools.pairwise(some)}) > 3, "every n-th clip"
-    assert suites.sample(numbers, 100) == suites.sample(numbers, 999) == numbers
+    """And has of each group its share: equally likely clips need no weights."""
+    groups = ["usa"] * 50 + ["kenya"] * 30 + ["nz"] * 20
+    clips = [suites.Example(str(i), "", "", (), g) for i, g in enumerate(groups, 100)]
+    some = evaluation.some(clips, 20)
+    assert evaluation.some(clips, 20) == some == sorted(some, key=lambda clip: clip.id)
+    assert Counter(clip.group for clip in some) == {"usa": 10, "kenya": 6, "nz": 4}
+    numbers = [int(clip.id) for clip in some]
+    assert len({b - a for a, b in itertools.pairwise(numbers)}) > 3, "every n-th clip"
+    assert evaluation.some(clips, 100) == evaluation.some(clips, 999) == clips
+    odd = Counter(clip.group for clip in evaluation.some(clips, 7))
+    assert sum(odd.values()) == 7
+    assert all(abs(odd[group] - n * 0.07) < 1 for group, n in Counter(groups).items())
 
 
 # ------------------------------------------------------------------------------------- predictions
@@ -906,7 +913,7 @@ def made_up(tmp_path, monkeypatch, no_charts) -> Callable[..., Run]:
     """evaluate() with a stand-in for the models, which says say(system, question)."""
     model, said = tmp_path / "model", {}
     model.mkdir()
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "config.json", "train.json"):
         (model / name).write_text(name)
 
     def answer(models, questions, lacking, transcripts, batch_size, tell):
@@ -984,7 +991,11 @@ def test_results_go_where_they_are_wanted(tmp_path, made_up):
     run = made_up({"qa": manifest(tmp_path, 2)}, out=str(tmp_path / "deep/er"))
     assert (tmp_path / "deep/er/eval.json").is_file()
     assert len(read_lines(tmp_path / "deep/er/predictions.jsonl")) == 8
-    assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in model.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "train.json",
+    }
     assert run.found["model"] == str(model)
 
 
@@ -1027,8 +1038,9 @@ def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
     assert few.found["limit"] == 5
     assert {name: part["n"] for name, part in few.found["tasks"].items()} == {"a": 5, "b": 5}
     ids = [line["id"] for line in read_lines(few.folder / "predictions.jsonl")]
-    drawn = suites.sample(list(map(str, range(30))), 5)
-    assert ids == [name for name in drawn for _ in SYSTEMS] * 2
+    assert len({*ids}) == 5 and ids == [name for name in ids[:20:4] for _ in SYSTEMS] * 2
+    shown = " ".join((few.folder / "report.html").read_text(encoding="utf-8").split())
+    assert "43.8 from 5, 13.9 from 50, 6.9 from 200, 3.1 from 1,000 clips" in shown
     assert made_up(tasks, limit=5).told == []
     more = made_up(tasks)  # without it, only the others are asked
     assert len(more.told) == 2 * 4 * (30 - 5) and more.found["tasks"]["a"]["n"] == 30

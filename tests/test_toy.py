@@ -146,7 +146,8 @@ def test_the_shipped_student_understands_speech(tmp_path):
         config[key] = str((TOY / "diva" / config[key]).resolve())
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(TOY / "diva/model.safetensors")
-    found = evaluation.evaluate(tmp_path, [TOY / "tasks"], split="dev", limit=64)["tasks"]
+    asked = {"split": "dev", "limit": 64, "out": tmp_path}
+    found = evaluation.evaluate(tmp_path, [TOY / "tasks"], **asked)["tasks"]
     questions = found["spoken_qa"]["metrics"]["exact_match"]
     assert questions["diva"]["score"] >= 75 and questions["untrained"]["score"] < 15
     assert found["emotion"]["metrics"]["accuracy"]["diva"]["score"] >= 90
