@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 
@@ -32,7 +33,7 @@ from evaluation import metrics, published, report, significance, suites, systems
 from evaluation.predictions import Predictions, fingerprint, read_predictions
 from evaluation.systems import SYSTEMS
 from evaluation.tasks import Item, Task, read_tasks
-from runtime import command
+from runtime import command, sharding
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -153,7 +154,7 @@ def evaluate(
     out: str | Path | None = None,
 ) -> dict:
     """Score all systems on all tasks: prints the table, writes what report.py says, and returns
-    what stands in eval.json. Arguments as in `main`.
+    what stands in eval.json; of several processes the first does so. Arguments as in `main`.
 
     Raises ValueError or FileNotFoundError for what is missing or wrong.
     """
@@ -171,8 +172,10 @@ def evaluate(
     others, home = read_others(predictions, items), weights.resolve(model)
     folder = results_in(model, home, out)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = Predictions(folder / "predictions.jsonl", fingerprint(home))
+    kept = Predictions(folder / "predictions.jsonl", fingerprint(home), jax.process_index())
     ask_what_is_lacking(home, items, kept, batch_size)
+    if jax.process_index() > 0:
+        return {}
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
     found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
     found |= {"systems": list(answers), "errors": kept.errors(items)}
@@ -220,20 +223,29 @@ def read_others(predictions: Sequence[str], items: list[Item]) -> dict[str, list
 
 
 def ask_what_is_lacking(home: Path, items: list[Item], kept: Predictions, batch_size: int) -> None:
-    """Let each system answer what it has not answered before; loads nothing if that is nothing."""
-    lacking = [{system for system in SYSTEMS if kept.lacks(system, item)} for item in items]
-    if not any(lacking):
-        return
-    told = (kept.get("diva", item) or {} for item in items)
-    known = {i: line["transcript"] for i, line in enumerate(told) if "transcript" in line}
-    systems.answer(
-        systems.Models.load(home),
-        [systems.Question(item.ask, item.example.audio, item.example.text) for item in items],
-        lacking,
-        known,
-        batch_size,
-        lambda i, system, answer, note: kept.tell(system, items[i], answer, note),
-    )
+    """Let each system answer what it has not answered before; loads nothing if that is nothing.
+    Of several processes each asks about its own clips, and then knows what the others were told."""
+    clips = [*dict.fromkeys(item.example.audio for item in items)]
+    mine = {*clips[jax.process_index() :: jax.process_count()]}
+    lacking = [
+        {system for system in SYSTEMS if item.example.audio in mine and kept.lacks(system, item)}
+        for item in items
+    ]
+    if any(lacking):
+        told = (kept.get("diva", item) or {} for item in items)
+        known = {i: line["transcript"] for i, line in enumerate(told) if "transcript" in line}
+        systems.answer(
+            systems.Models.load(home),
+            [systems.Question(item.ask, item.example.audio, item.example.text) for item in items],
+            lacking,
+            known,
+            batch_size,
+            lambda i, system, answer, note: kept.tell(system, items[i], answer, note),
+        )
+    if jax.process_count() > 1:
+        kept.read()  # closes what was written here
+        sharding.wait_for_all()
+        kept.read()
 
 
 def main(
@@ -257,6 +269,7 @@ def main(
         out: where eval.json, predictions.jsonl, report.html and the rest go (default: the folder
             of a run; of any other model runs/NAME).
     """
+    sharding.join_cluster()
     evaluate(model, tasks, split, limit, batch_size, predictions, out)
 
 

@@ -409,21 +409,21 @@ def run(config: Config) -> None:
                 why = f"stopped at step {steps} of {config.steps} ({asked or '--until'}); saved"
                 print(f"{why}. Go on with:\n  {resume_command(given)}", flush=True)
             return
-    if speaks:
-        show(config, out)
+    show(config, out, speaks)
 
 
-def show(config: Config, out: epath.Path) -> None:
-    """What came out of a finished run, and what its student can do."""
+def show(config: Config, out: epath.Path, speaks: bool) -> None:
+    """What came out of a finished run, and what its student can do: all processes evaluate."""
     import eval as evaluation  # what is compared, and how, is the next chapter
 
-    curve = record.plot(out)
-    print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    if (out / "eval.json").exists():
-        print(evaluation.report.table(files.read_json(out / "eval.json")))
-    elif config.tasks:
+    if speaks:
+        curve = record.plot(out)
+        print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
+    if config.tasks and not sharding.from_first((out / "eval.json").exists):
         evaluation.evaluate(config.out, [config.tasks])
-    if not files.in_bucket(out):
+    elif speaks and (out / "eval.json").exists():
+        print(evaluation.report.table(files.read_json(out / "eval.json")))
+    if speaks and not files.in_bucket(out):
         print(f"hear as it does: python connector.py CLIP --model {out}")
 
 

@@ -19,20 +19,35 @@ class Predictions:
 
     A line's key is a digest of the model and of all that is asked: what was answered by other
     weights, to another prompt, about another transcript or to another sound is not taken for an
-    answer. A clip that has been moved is still the same.
+    answer. A clip that has been moved is still the same. Of several processes all but the first
+    write to a file of their own, predictions.jsonl.1 and so on, until the first takes all together.
     """
 
-    def __init__(self, file: Path, model: str):
+    def __init__(self, file: Path, model: str, process: int = 0):
         self.file, self.model = file, model
+        self.own = file.with_name(f"{file.name}.{process}") if process else file
         self.lines: dict[str, dict] = {}
         self.sounds: dict[str, str] = {}  # by clip: read once, since each has many keys
         self.stream: TextIO | None = None
-        before = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        self.cut = bool(before) and not before.endswith("\n")  # a killed run's last line
-        if before:
-            for text in before.split("\n"):
+        self.cut = False
+        self.read()
+
+    def parts(self) -> list[Path]:
+        """The files of the other processes."""
+        return sorted(self.file.parent.glob(f"{self.file.name}.[0-9]*"))
+
+    def read(self) -> None:
+        """Close what was written here, and take in what all processes have written."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+        for file in (self.file, *self.parts()):
+            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            if file == self.own:
+                self.cut = bool(text) and not text.endswith("\n")  # a killed run's last line
+            for row in text.split("\n"):
                 try:
-                    line = json.loads(text)
+                    line = json.loads(row)
                     self.lines[line["key"]] = line
                     if "heard" in line and "transcript" not in line:  # as older files call it
                         line["transcript"] = line.pop("heard")
@@ -88,14 +103,14 @@ class Predictions:
         line = self.line(system, item, note | {"answer": answer})
         self.lines[line["key"]] = line
         if self.stream is None:
-            self.stream = self.file.open("a", encoding="utf-8", newline="\n")
+            self.stream = self.own.open("a", encoding="utf-8", newline="\n")
             self.stream.write("\n" if self.cut else "")
         self.stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.stream.flush()
 
     def finish(self, items: list[Item], scores: dict[tuple[str, int], dict[str, float]]) -> None:
-        """Write the lines of these items anew, each with its scores, in order. Those of this model
-        about other items stand behind them; those of other models go."""
+        """Write the lines of these items anew, each with its scores, in order, into one file. Those
+        of this model about other items stand behind them; those of other models go."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
@@ -111,6 +126,8 @@ class Predictions:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in first + rest)
         files.write_text(self.file, text)
+        for part in self.parts():
+            part.unlink()
 
 
 def fingerprint(folder: Path) -> str:

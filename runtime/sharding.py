@@ -323,6 +323,11 @@ def process() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    multihost_utils.sync_global_devices("wait_for_all")
+
+
 def from_first(make: Callable[[], Any]) -> Any:
     """What `make` returns in process 0 (anything that JSON can say), in every process.
 

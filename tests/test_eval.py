@@ -10,12 +10,17 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -27,6 +32,7 @@ from sacrebleu.metrics import BLEU, CHRF
 import eval as evaluation
 from evaluation import published, report, significance, suites, systems
 from evaluation.systems import SYSTEMS, Ask
+from runtime import sharding
 
 HEARING = ("untrained", "diva", "cascade")  # those that need the clip
 
@@ -1262,6 +1268,57 @@ def whole(root, known) -> Run:
     with counting() as told:
         found = evaluation.evaluate(root / "diva", [known], batch_size=4, out=root / "whole")
     return Run(found, root / "whole", told)
+
+
+def test_each_process_asks_about_its_own_clips(tmp_path, monkeypatch):
+    """Whatever is asked about one clip is asked by one process, and nothing by none or two."""
+    asked = []
+    monkeypatch.setattr(systems.Models, "load", staticmethod(lambda folder: None))
+    monkeypatch.setattr(systems, "answer", lambda models, _, lacking, *rest: asked.append(lacking))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "wait_for_all", lambda: None)
+    items = [one_item(id=str(n), audio=f"{n // 2}.wav") for n in range(6)]
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        kept = evaluation.Predictions(tmp_path / "predictions.jsonl", MODEL, index)
+        evaluation.ask_what_is_lacking(tmp_path, items, kept, 4)
+    everything, nothing = set(SYSTEMS), set()
+    first = [everything, everything, nothing, nothing, everything, everything]
+    assert asked == [first, [everything - systems for systems in first]]
+
+
+def test_two_processes_answer_what_one_does(root, known, whole, tmp_path):
+    """As on two hosts: each asks about its own clips, and one of them writes the one file of
+    answers and the same scores. What a killed one has left beside it is taken in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    lines = (whole.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True)
+    (tmp_path / "predictions.jsonl.1").write_text("".join(lines[:3]) + lines[3][:40])
+    given = {"--model": root / "diva", "--tasks": known, "--batch-size": 4, "--out": tmp_path}
+    command = [sys.executable, "eval.py", *(str(word) for pair in given.items() for word in pair)]
+    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(evaluation.__file__).parent,
+            env=os.environ | together | {"JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "better" in outputs[0] and "better" not in outputs[1], "the first alone speaks"
+    found = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert found["tasks"] == json.loads((whole.folder / "eval.json").read_text())["tasks"]
+    assert [*tmp_path.glob("predictions.jsonl*")] == [tmp_path / "predictions.jsonl"]
+    ours = read_lines(tmp_path / "predictions.jsonl")
+    answers = [(line["key"], line["answer"]) for line in ours]
+    wanted = [(line["key"], line["answer"]) for line in map(json.loads, lines)]
+    assert answers == wanted[: len(answers)] and len(answers) == 4 * ITEMS
 
 
 def words(text: str | None) -> list[str]:
