@@ -88,11 +88,12 @@ def table(measured: dict) -> str:
     """README's tables."""
     if not measured:
         return ""
-    before, after = measured["before"], measured["after"]
-    lines = ["| | before training | after |", "|---|--:|--:|"]
-    lines += [f"| {k} | {before[k]:.{n}f} | {after[k]:.{n}f} |" for k, n in ROWS.items()]
+    lines = [f"| | {' | '.join(ROWS)} |", f"|---|{'--:|' * len(ROWS)}"]
+    for when in ("before", "after"):
+        cells = (f"{measured[when][name]:.{digits}f}" for name, digits in ROWS.items())
+        lines.append(f"| {when} training | {' | '.join(cells)} |")
     lines += ["", "| said | heard | DiVA | cascade | text |", "|---|---|---|---|---|"]
-    for row, heard in zip(measured["answers"], after["heard"], strict=True):
+    for row, heard in zip(measured["answers"], measured["after"]["heard"], strict=True):
         cells = (row["said"], heard, row["diva"], row["cascade"], row["text"])
         lines.append(f"| {' | '.join(' '.join(cell.split()) for cell in cells)} |")
     return "\n".join(lines)
