@@ -15,7 +15,7 @@ import tyro
 import connector
 import demo
 import eval as evaluation
-from benchmarks import slices, toy
+from benchmarks import pair, slices, toy
 from evaluation import suites, systems
 from runtime import files, recipe
 from runtime.command import EXAMPLE
@@ -68,6 +68,12 @@ def test_the_tables_are_the_measurements():
     measured = json.loads((ROOT / "benchmarks" / "toy.json").read_text())
     tables = toy.tables(measured).split("\n\n")
     assert all(table in TEXTS["toy"] for table in tables) and tables[0] in README
+
+
+def test_the_real_pairs_tables_are_the_measurement():
+    """Both are what benchmarks/pair.py prints from benchmarks/pair.json."""
+    tables = pair.table(json.loads(pair.FILE.read_text())).split("\n\n")
+    assert len(tables) == 2 and all(table in README for table in tables)
 
 
 def test_the_table_of_slices_is_what_was_compiled():
