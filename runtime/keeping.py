@@ -56,11 +56,13 @@ def keep(
     with ThreadPool(THREADS) as pool:
 
         def read(first: int) -> Any:
-            return pool.map_async(load, [min(first + i, clips - 1) for i in range(size)])
+            numbers = range(first, min(first + size, clips))
+            return pool.map_async(load, numbers)
 
         ahead = read(0)
         for first in range(0, clips, size):
             rows, ahead = ahead.get(), read(first + size)  # while the devices compute
+            rows += rows[-1:] * (size - len(rows))  # the last batch is filled up
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             said = _say(diva, sharding.to_devices(batch, mesh), template)
             kept.append((*jax.device_get(said), batch["weights"]))
