@@ -413,7 +413,6 @@ def write_prompt(
     start = len(assistant.chat.around(instruction, [])[0])
     arrays = {"prompt_embeds": prompt, "virtual_tokens": prompt[start : start + len(virtual)]}
     with files.whole(file) as partial:
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         save_file(arrays, partial, {"start": str(start)})
     print(f"{file}: {length} positions, of which {len(virtual)} are speech, from {start} on")
 

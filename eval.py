@@ -243,7 +243,7 @@ def ask_what_is_lacking(home: Path, items: list[Item], kept: Predictions, batch_
             lambda i, system, answer, note: kept.tell(system, items[i], answer, note),
         )
     if jax.process_count() > 1:
-        kept.read()  # closes what was written here
+        kept.close()
         sharding.wait_for_all()
         kept.read()
 

@@ -419,10 +419,11 @@ def show(config: Config, out: epath.Path, speaks: bool) -> None:
     if speaks:
         curve = record.plot(out)
         print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    if config.tasks and not sharding.from_first((out / "eval.json").exists):
-        evaluation.evaluate(config.out, [config.tasks])
-    elif speaks and (out / "eval.json").exists():
+    known = sharding.from_first((out / "eval.json").exists)
+    if known and speaks:
         print(evaluation.report.table(files.read_json(out / "eval.json")))
+    elif config.tasks and not known:
+        evaluation.evaluate(config.out, [config.tasks])
     if speaks and not files.in_bucket(out):
         print(f"hear as it does: python connector.py CLIP --model {out}")
 

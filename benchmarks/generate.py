@@ -28,7 +28,7 @@ import generate
 import llama
 import whisper
 from benchmarks import side_by_side, sizes
-from runtime import recording
+from runtime import command, recording
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -72,7 +72,7 @@ def toy() -> tuple:
     diva = connector.DiVA.load(ROOT / "toy/diva")
     asr = generate.Transcriber.load(ROOT / "toy/whisper")
     chat = llama.Chat.load(ROOT / "toy/llama")
-    clip = ROOT / "toy/common_voice/en/clips/toy_en_test_00478.opus"
+    clip = ROOT / command.EXAMPLE
     audio = recording.load_window(clip, diva.window_samples)
     return diva, lambda x: chat.encode(asr(x)[0]), audio, chat.wrap()
 

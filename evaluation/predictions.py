@@ -36,11 +36,14 @@ class Predictions:
         """The files of the other processes."""
         return sorted(self.file.parent.glob(f"{self.file.name}.[0-9]*"))
 
-    def read(self) -> None:
-        """Close what was written here, and take in what all processes have written."""
+    def close(self) -> None:
+        """What was told is written; what is told from now on opens the file again."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
+
+    def read(self) -> None:
+        """Take in what all processes have written."""
         for file in (self.file, *self.parts()):
             text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
             if file == self.own:
@@ -111,9 +114,7 @@ class Predictions:
     def finish(self, items: list[Item], scores: dict[tuple[str, int], dict[str, float]]) -> None:
         """Write the lines of these items anew, each with its scores, in order, into one file. Those
         of this model about other items stand behind them; those of other models go."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        self.close()
         ours = {self.key(s, item): (s, i) for i, item in enumerate(items) for s in SYSTEMS}
         first = [
             self.line(system, items[i], self.lines[key]) | {"scores": scores[system, i]}

@@ -4,6 +4,7 @@ The comparisons serve twice: on the committed fixtures (no torch needed; see mak
 live in tests/parity.
 """
 
+import socket
 from pathlib import Path
 
 import jax
@@ -74,3 +75,10 @@ def check_llama(folder: Path) -> None:
     )
     generated = expected["generated"]
     np.testing.assert_array_equal(tokens[:, : generated.shape[1]], generated)
+
+
+def free_address() -> str:
+    """Where process 0 of several on this machine can be met."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"

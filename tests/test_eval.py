@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import checks
 import jax
 import numpy as np
 import pytest
@@ -1290,9 +1290,7 @@ def test_each_process_asks_about_its_own_clips(tmp_path, monkeypatch):
 def test_two_processes_answer_what_one_does(root, known, whole, tmp_path):
     """As on two hosts: each asks about its own clips, and one of them writes the one file of
     answers and the same scores. What a killed one has left beside it is taken in."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = checks.free_address()
     lines = (whole.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True)
     (tmp_path / "predictions.jsonl.1").write_text("".join(lines[:3]) + lines[3][:40])
     given = {"--model": root / "diva", "--tasks": known, "--batch-size": 4, "--out": tmp_path}

@@ -13,7 +13,6 @@ import re
 import resource
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -996,9 +995,7 @@ def start_process(config: recipe.Config, **environment: str) -> subprocess.Popen
 
 def start_two_processes(config: recipe.Config) -> list[subprocess.Popen]:
     """The same command twice, as on two hosts with four devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = checks.free_address()
     return [
         start_process(
             config,
