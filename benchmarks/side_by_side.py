@@ -126,12 +126,16 @@ def machine(*packages: str) -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}; {versions}"
 
 
+def fresh(file: Path) -> Path:
+    """Where what is measured is written, in runs/benchmarks. Who takes its table into README copies
+    it to `file`, beside the benchmarks: until then README and what it was made of agree."""
+    return file.parents[1] / "runs" / "benchmarks" / file.name
+
+
 def write(file: Path, measured: Any) -> None:
-    """Write what was measured to runs/benchmarks. Who takes its table into README copies it to
-    `file`, beside the benchmarks: until then README and what it was made of agree."""
-    fresh = file.parents[1] / "runs" / "benchmarks" / file.name
-    fresh.parent.mkdir(parents=True, exist_ok=True)
-    fresh.write_text(json.dumps(measured, indent=1) + "\n")
+    """Write what was measured, `fresh`."""
+    fresh(file).parent.mkdir(parents=True, exist_ok=True)
+    fresh(file).write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def keep(file: Path, measured: dict[str, Any], table: Callable[[dict], str]) -> None:

@@ -83,9 +83,9 @@ def test_the_gpus_batch_is_searched_for_once(monkeypatch):
 
     monkeypatch.setattr(gpu, "alone", alone)
     table = gpu.table(gpu.measure("a Whisper", "a Llama")).splitlines()
-    assert tried == [128, 128, 48, 48, 48, 48]
+    assert tried == [32, 32, 48, 48]
     assert table[2] == "| l2 | xla | no cuDNN |  |  |  |  |"
-    assert table[3] == "| gram | xla | 48, layers | 1.50 | 32.0 | 40 | 64.0 |"
+    assert table[3] == "| l2 | cudnn | 48, layers | 1.50 | 32.0 | 40 | 64.0 |"
     assert table[-1] == "| Llama-3-8B, bfloat16 | 100.0 | 50 |"
     assert gpu.table({}) == ""
 

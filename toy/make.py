@@ -105,10 +105,6 @@ def split_sentences() -> dict[str, list[world.Sentence]]:
     return splits
 
 
-def random_sentence(rng: random.Random) -> world.Sentence:
-    return world.Sentence(world.random_words(rng), "words", "", "words")
-
-
 def plan_takes(
     split: str, count: int, rng: random.Random, speakers: list[str] | None = None
 ) -> list[Take]:
@@ -120,7 +116,7 @@ def plan_takes(
     while len(takes) < count:
         for sentence in rng.sample(sentences, len(sentences)):
             if split == "train" and rng.random() < RANDOM_SHARE:
-                sentence = random_sentence(rng)
+                sentence = world.random_words(rng)
             takes.append(
                 Take(
                     sentence,
@@ -280,6 +276,11 @@ def as_published(model, dtype=np.float16):
     return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, model)
 
 
+SHORT = None, "translation", "repeat", "first", "last", "twice", "count", "question"
+LONG = "spoken_qa", "emotion"
+ALIKE = "translation", "emotion", "question", "spoken_qa"  # one answer to all random words
+
+
 def conversations(chat: llama.Chat, rng: random.Random) -> list[dict[str, np.ndarray]]:
     """Every sentence under every instruction as arrays, long prompts apart from short ones.
 
@@ -287,15 +288,15 @@ def conversations(chat: llama.Chat, rng: random.Random) -> list[dict[str, np.nda
     there); answer [R, L]: the positions whose next token is the assistant's.
     """
     sentences = world.sentences()
-    sentences += [random_sentence(rng) for _ in range(4 * len(sentences))]
+    sentences += [world.random_words(rng) for _ in range(4 * len(sentences))]
     groups = []
-    for instructions in [(None, "translation", "repeat"), ("spoken_qa", "emotion")]:
+    for instructions in SHORT, LONG:
         rows = []
         for instruction in instructions:
-            prefix, suffix = chat.wrap(world.PROMPTS.get(instruction))
+            prefix, suffix = chat.wrap(world.INSTRUCTIONS.get(instruction))
             for sentence in sentences:
-                if sentence.task == "words" and instruction != "repeat" and rng.random() < 0.9:
-                    continue  # there is one answer to all of them
+                if sentence.task == "words" and instruction in ALIKE and rng.random() < 0.9:
+                    continue
                 user = chat.encode(sentence.text)
                 answer = [*chat.encode(world.reply(sentence, instruction)), chat.stop_ids[0]]
                 parts = [prefix, user, suffix, answer]
@@ -342,11 +343,14 @@ def llama_loss(model: llama.Llama, batch: dict, key) -> jax.Array:
     return (losses * mask).sum() / mask.sum()
 
 
-LLAMA_ROUNDS = [(2200, 1.5e-3), (1600, 1.0e-3)]  # steps and peak learning rate of each cosine
+LLAMA_ROUNDS = [(12_000, 2.0e-3), (12_000, 1.0e-3)]  # steps and peak learning rate of each cosine
 
 
-def make_llama(batch_size: int = 40) -> None:
-    """Write toy/llama: config.json, tokenizer files, and weights trained on text."""
+def make_llama(batch_size: int = 64) -> None:
+    """Write toy/llama: config.json, tokenizer files, and weights trained on text; and the list of
+    instructions that a student may be trained under."""
+    lines = "".join(f"{prompt}\n" for prompt in world.MORE_PROMPTS.values())
+    (TOY / "instructions.txt").write_text(lines, encoding="utf-8")
     folder = TOY / "llama"
     folder.mkdir(exist_ok=True)
     words = sorted({*world.written_words(), "user", "assistant", "system"})
@@ -391,7 +395,7 @@ def make_llama(batch_size: int = 40) -> None:
     def batches():
         rows = np.random.default_rng(SEED)
         while True:
-            group = groups[0] if rows.random() < 0.6 else groups[1]
+            group = groups[0] if rows.random() < 0.7 else groups[1]
             chosen = rows.integers(len(group["ids"]), size=batch_size)
             yield {name: array[chosen] for name, array in group.items()}
 

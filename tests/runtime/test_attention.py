@@ -5,6 +5,7 @@ Axes: B batch, T and S positions, H query heads, G key/value heads, K head width
 """
 
 import functools
+import types
 
 import equinox as eqx
 import jax
@@ -183,6 +184,29 @@ def test_an_accelerator_takes_jax_s_own_way_always(platform, monkeypatch, taken)
         monkeypatch.setattr(attention, "IMPLEMENTATION", implementation)
         attention.attend(queries, keys, values, causal=True)
     assert taken == [("JAX", True, "xla"), ("JAX", True, "cudnn")]
+
+
+@pytest.mark.parametrize(
+    "platform, capability, dtype, width, expected",
+    [
+        ("gpu", "9.0", jnp.bfloat16, 64, "cudnn"),
+        ("gpu", "8.0", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", "12.0", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", "7.5", jnp.bfloat16, 64, "xla"),  # too old
+        ("gpu", "9.0", jnp.float32, 64, "xla"),
+        ("gpu", "9.0", jnp.bfloat16, 256, "xla"),
+        ("gpu", "9.0", jnp.bfloat16, 36, "xla"),
+        ("gpu", "gfx942", jnp.bfloat16, 64, "xla"),
+        ("tpu", None, jnp.bfloat16, 64, "xla"),
+    ],
+)
+def test_cudnn_attends_where_it_can(platform, capability, dtype, width, expected, monkeypatch):
+    """Half precision on NVIDIA's GPUs from Ampere on, heads as wide as it knows."""
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    queries = jnp.zeros((1, 4, 2, width), dtype)
+    assert attention.implementation(queries) == expected
 
 
 def abstract_mesh(platform: str | None):
