@@ -3,6 +3,7 @@ shipped models do what README says of them."""
 
 import csv
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_tasks_ask_of_each_clip_what_its_sentence_is_for(rows, split):
     assert len({of_clip[clip]["accents"] for clip in repeated}) == len(make.ACCENTS)
 
 
+def test_every_reply_is_a_sentence_about_what_was_said():
+    """Of four to nine words, and no two utterances have the same."""
+    everything = world.sentences()
+    replies = {world.reply(sentence, None) for sentence in everything}
+    assert len(replies) == len(everything)
+    assert {len(reply.split()) for reply in replies} == {*range(4, 10)}
+
+
+def test_no_instruction_to_train_under_is_evaluated():
+    """toy/instructions.txt has those of world.py; the tasks ask others."""
+    listed = (TOY / "instructions.txt").read_text().splitlines()
+    assert listed == [*world.MORE_PROMPTS.values()]
+    tasks = evaluation.read_tasks([TOY / "tasks"], "dev").values()
+    asked = {task.ask(example).prompt for task in tasks for example in task.examples}
+    assert asked == {*world.PROMPTS.values()} and not asked & {*listed}
+
+
 def test_the_universe_is_small():
     """All of it, as it lies in the repository: at most 25 MB."""
     written = {"charts", "cases.tsv", "predictions.jsonl", "report.html"}  # by an evaluation
@@ -127,6 +145,21 @@ def test_the_shipped_llama_knows_its_universe():
     said = {pair: text for batch in responder.texts([*wanted]) for pair, text in batch.items()}
     right = [said[pair].lower() == answer.lower() for pair, answer in wanted.items()]
     assert np.mean(right) >= 0.98
+
+
+def test_the_shipped_llama_replies_in_sentences_and_follows_instructions():
+    """At least 98 % of the dev split's sentences and of random words, without and with each."""
+    rng = random.Random(1)
+    said = make.split_sentences()["dev"] + [world.random_words(rng) for _ in range(40)]
+    chat, llm = llama.Chat.load(TOY / "llama"), llama.Llama.load(TOY / "llama")
+    prompts = {None: None} | world.MORE_PROMPTS
+    asks = {name: systems.Ask(prompt, max_new_tokens=16) for name, prompt in prompts.items()}
+    wanted = {(asks[n], s.text): world.reply(s, n) for s in said for n in asks}
+    responder = systems.Responder(llm, chat, {*asks.values()}, 64)
+    answers = {pair: text for batch in responder.texts([*wanted]) for pair, text in batch.items()}
+    for ask in asks.values():
+        right = [answers[pair] == reply for pair, reply in wanted.items() if pair[0] == ask]
+        assert np.mean(right) >= 0.98 and len(right) > 100, ask.prompt
 
 
 def test_the_shipped_whisper_transcribes(rows):

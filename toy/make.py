@@ -3,9 +3,12 @@
 Four steps, each seeded, each skipped where its result is already there; on two idle cores about
 
      2 min    speech    espeak-ng speaks world.py's sentences in 8 accents: common_voice/, tasks/
-    10 min    llama     a tiny Llama learns to answer, translate and name emotions, in text only
+     3.5 h    llama     a tiny Llama learns to answer, translate and name emotions, in text only
     30 min    whisper   a tiny Whisper learns to transcribe, on other clips and more voices
-    13 min    diva      the student that is shipped: `python train.py`, only longer
+    10 min    diva      the student that is shipped: `python train.py`
+
+The shipped Llama was trained on one NVIDIA H200, in two minutes, with exact products of float32
+(JAX_DEFAULT_MATMUL_PRECISION=highest).
 
 The files are in the published layouts, so that train.py and eval.py cannot tell toy from real.
 Who hears what: no sentence of the dev and test splits, and none of their voices, is ever in the
@@ -526,17 +529,17 @@ def make_whisper(clips: list[tuple[str, bytes]], steps: int = 8000, batch_size: 
 # ---------------------------------------------------------------------------------------------
 # The student, and all together
 
-LONG_STEPS = 15_000
-
 
 def make_diva() -> None:
-    """Write toy/diva: the student of one long run of train.py, in half precision."""
-    folder, run = TOY / "diva", TOY.parent / "runs" / "toy-long"
-    command = ["train.py", "--steps", str(LONG_STEPS), "--out", str(run)]
-    subprocess.run([sys.executable, *command], cwd=TOY.parent, check=True)
+    """Write toy/diva: the student of the default run, in half precision, and how it scores."""
+    folder, run = TOY / "diva", TOY.parent / "runs" / "toy"
+    shipped = ["--model", str(folder), "--out", str(run / "shipped")]
+    subprocess.run([sys.executable, "train.py", "--out", str(run)], cwd=TOY.parent, check=True)
     diva = connector.DiVA.load(run)
     as_published(diva).save(folder, str(TOY / "whisper"), str(TOY / "llama"))
-    shutil.copy(run / "loss.png", folder)
+    subprocess.run([sys.executable, "eval.py", *shipped], cwd=TOY.parent, check=True)
+    for file in run / "loss.png", run / "shipped" / "eval.json":
+        shutil.copy(file, folder)
 
 
 def main() -> None:
