@@ -5,8 +5,8 @@
     grid      how many tokens of the teacher's answer are distilled, by which loss; then without
               alignment, without response, and with instructions: shorter runs, on the test split
 
-The grid begins with one seed of each row. Prints toy/README.md's tables. What is known is in
-runs/benchmarks/toy.json as soon as a run is done, and is not run again; begin with a copy of
+The grid begins with one seed of each row. Prints toy/README.md's tables. What is known stands in
+runs/benchmarks/toy.json as soon as a run is done, and is not run again: begin with a copy of
 benchmarks/toy.json to go on from there.
 """
 
@@ -39,7 +39,11 @@ COLUMNS = {  # heading: (task, metric) in eval.json
 }
 MORE = {"KL, nats": 3, "CPU-min": 1}  # of the grid: of whole answers, 64 dev clips; of training
 TOKENS = 1, 2, 4, "all"
-TRIED = {"l2": (0.3, 1, 3), "gram": (0.3, 1, 3), "kl": (3, 10, 30)}  # weights, with TUNED tokens
+TRIED = {
+    "l2": (0.3, 1, 3, 10),
+    "gram": (0.3, 1, 3, 10),
+    "kl": (3, 10, 30, 100),
+}  # weights, with TUNED tokens
 TUNED = 4
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiling, forward, generate, gpu, loss, pair, scaling, speech, step
+from benchmarks import compiling, forward, generate, gpu, loss, pair, scaling, speech, step, toy
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -88,6 +88,35 @@ def test_the_gpus_batch_is_searched_for_once(monkeypatch):
     assert table[3] == "| l2 | cudnn | 48, layers | 1.50 | 32.0 | 40 | 64.0 |"
     assert table[-1] == "| Llama-3-8B, bfloat16 | 100.0 | 50 |"
     assert gpu.table({}) == ""
+
+
+def test_the_toys_grid_goes_on_where_it_was(monkeypatch):
+    """Each run once: weights of each loss, of which dev chooses, then all rows, seed by seed; what
+    is lacking stays out of the tables."""
+    ran = []
+
+    def alone(flags, seed, out, split):
+        ran.append((flags, seed, split))
+        weight = float(re.search(r"weight (\S+)", flags)[1])
+        found = dict.fromkeys(toy.COLUMNS, 50.0) | {"repeat WER %": abs(weight - 3)}
+        return {"flags": flags, split: found, "KL, nats": 0.5, "CPU-min": 2}
+
+    monkeypatch.setattr(toy, "alone", alone)
+    monkeypatch.setattr(toy, "train", lambda flags, out: pytest.fail("nothing is run"))
+    found = {system: dict.fromkeys(toy.COLUMNS, 1.0) for system in toy.systems.SYSTEMS}
+    known = {"default": {f"seed {seed}": {"scores": found} for seed in toy.SEEDS}}
+    tried, rows = sum(map(len, toy.TRIED.values())), len(toy.rows(dict.fromkeys(toy.TRIED, 1)))
+    for _ in itertools.islice(toy.measure(known), tried + rows + 2):
+        pass
+    assert {split for *_, split in ran[:tried]} == {"dev"} and ran[tried][2] == "test"
+    assert toy.choose(known["weights"]) == {"l2": 3, "gram": 3, "kl": 3}
+    assert [seed for _, seed, _ in ran[tried:]] == [0] * rows + [1] * 2
+    lines = toy.grid_table(known).splitlines()
+    assert len(lines) == 2 + rows and lines[2].startswith("| 1 by l2 | 3 | 2 | 50.0 (50.0-50.0) |")
+    assert lines[-1].startswith("| 4 by l2, with instructions | 3 | 1 | 50.0 |")
+    for _ in toy.measure(known):
+        pass
+    assert len(ran) == len({*ran}) == tried + 3 * rows
 
 
 @pytest.fixture(scope="module")
