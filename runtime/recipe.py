@@ -122,6 +122,7 @@ PRESETS: dict[str, Config] = {
         batch_size=16,
         learning_rate=2e-3,
         align_weight=100.0,
+        response_weight=3.0,
         response_tokens=4,
         save_every=1000,
         log_every=100,
