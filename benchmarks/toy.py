@@ -42,7 +42,7 @@ TOKENS = 1, 2, 4, "all"
 TRIED = {  # weights, with TUNED tokens
     "l2": (0.3, 1, 3, 10),
     "gram": (0.3, 1, 3, 10),
-    "kl": (3, 10, 30),
+    "kl": (0.3, 1, 3, 10),
 }
 TUNED = 4
 
