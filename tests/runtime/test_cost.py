@@ -23,7 +23,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import compiling, cost, recipe, sharding
+from runtime import compiling, cost, hlo, recipe, sharding
 
 ASR = whisper.WhisperConfig(
     d_model=32,
@@ -66,7 +66,7 @@ def abstract_step(batch_size: int, devices: int) -> tuple[recipe.Config, tuple, 
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = recipe.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
-    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
+    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
     return config, state, batch_of(config, ASR, mesh)
 
 
@@ -256,17 +256,17 @@ def memory(**sizes: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{f"{n}_size_in_bytes": sizes.get(n, 0) for n in names})
 
 
-def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> compiling.Program:
-    """What compiling.Program makes of a compiled program that prints as `text`."""
+def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> hlo.Program:
+    """What hlo.Program makes of a compiled program that prints as `text`."""
     compiled = types.SimpleNamespace(
         as_text=lambda: text,
         memory_analysis=lambda: memory(**sizes),
         cost_analysis=lambda: {"flops": once},
     )
-    return compiling.Program(compiled, chips)
+    return hlo.Program(compiled, chips)
 
 
-def entry(*lines: str, chips: int = 8) -> compiling.Program:
+def entry(*lines: str, chips: int = 8) -> hlo.Program:
     body = "\n".join(f"  {line}" for line in lines)
     return program(
         f"HloModule by_hand\n\nENTRY %main (p: f32[2]) -> f32[2] {{\n{body}\n}}\n", chips
@@ -336,9 +336,7 @@ def test_loops_count_as_often_as_they_turn():
     found = program(LOOPS, once=7.0)
     assert found.flops == (5 * 3 + 1) * 2 * (4 * 8 * 8)
     size = 8.0 * 8 * 4
-    assert found.collectives == {
-        "all-reduce": compiling.Collective(5, 5 * size, 5 * size)
-    }  # 2 (2-1)/2
+    assert found.collectives == {"all-reduce": hlo.Collective(5, 5 * size, 5 * size)}  # 2 (2-1)/2
     assert found.counted_once == 7.0
 
 
@@ -468,7 +466,7 @@ def test_the_chips_that_take_part_in_a_collective(groups, chips):
     """In each of the forms in which HLO lists them; all of them where none are listed."""
     found = entry("%p = bf16[1,16]{1,0} parameter(0)", GATHER.format(n=1, groups=groups))
     size = 8.0 * 16 * 2
-    expected = compiling.Collective(1, size, size * (chips - 1) / chips)
+    expected = hlo.Collective(1, size, size * (chips - 1) / chips)
     assert found.collectives == {"all-gather": expected}
 
 
@@ -499,11 +497,11 @@ def test_every_kind_of_collective():
     p, q = 4.0 * 16 * 4, 16.0 * 16 * 2
     gathered = 4 * p + 4 * p + (4 * p + 4 * q) + 8 * 16 * 2
     assert dict(found) == {
-        "all-gather": compiling.Collective(4, gathered, gathered * 3 / 4),
-        "all-reduce": compiling.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
-        "reduce-scatter": compiling.Collective(1, q, q * 3 / 4),
-        "all-to-all": compiling.Collective(1, p / 2, p / 2 * 3 / 4),
-        "collective-permute": compiling.Collective(1, p, p),
+        "all-gather": hlo.Collective(4, gathered, gathered * 3 / 4),
+        "all-reduce": hlo.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
+        "reduce-scatter": hlo.Collective(1, q, q * 3 / 4),
+        "all-to-all": hlo.Collective(1, p / 2, p / 2 * 3 / 4),
+        "collective-permute": hlo.Collective(1, p, p),
     }
 
 
@@ -530,7 +528,7 @@ def test_a_compiled_function_is_read_as_what_it_does():
         return jax.lax.scan(layer, x, stack)[0]
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 96, 64), (5, 64, 64))]
-    found = compiling.Program(jax.jit(run).lower(*shapes).compile(), 1)
+    found = hlo.Program(jax.jit(run).lower(*shapes).compile(), 1)
     one = 3 * (2 * 96 * 64 * 64) + 2 * (2 * 96 * 96 * 64)
     assert found.flops == 5 * 2 * one
     assert found.counted_once < found.flops / 3 and not found.collectives
@@ -577,7 +575,7 @@ def bytes_gathered(diva, small: int, size: int, way: str) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_compiled_step_does_the_products_by_hand_and_no_other(compiled, way):
     """But for those at the ends of the convolutions, which meet nothing."""
-    found = compiling.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
+    found = hlo.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
     by_hand = sum(cost.flops(ASR, LLM, QUERIES, TURN, TEXT).values())
     ends = 2 * ASR.d_model * (2 * ASR.num_mel_bins + ASR.d_model)
     expected = by_hand + computed_again(ASR, LLM, QUERIES, way) + mel_products(ASR) - ends
@@ -589,7 +587,7 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
     """What is gathered are the weights, as often as they are needed, and token ids; what goes from
     all to all are the rows of the token table; what is summed are gradients."""
     (params, _, frozen), programs = compiled
-    found = compiling.Program(programs[way], DEVICES).collectives
+    found = hlo.Program(programs[way], DEVICES).collectives
     ids = BATCH * (TEXT + TURN + TEXT) * 4
     expected = bytes_gathered(eqx.combine(params, frozen.diva), SMALL, 4, way) + ids
     assert found["all-gather"].bytes == expected  # no clip's frames for a Fourier transform, either
@@ -618,7 +616,7 @@ def choose(monkeypatch, programs: dict, config: recipe.Config, room, state=((), 
 
     monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
     mesh = sharding.make_mesh(config.batch_size)
-    return train.compile_step(config, mesh, float(room), state, {})
+    return train.compile_step(config, [mesh], float(room), lambda _: (state, {}))[:2]
 
 
 def needing(**sizes: int) -> dict:
@@ -637,6 +635,42 @@ def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
         assert choose(monkeypatch, programs, auto, room) == (programs[way], way)
     layers = dataclasses.replace(auto, recompute="layers")
     assert choose(monkeypatch, programs, layers, math.inf) == (programs["layers"], "layers")
+
+
+@pytest.mark.parametrize(
+    ("room", "found", "compiled"),
+    [
+        (14, ("attention", 1), [("attention", 1)]),
+        (13, ("attention", 2), [("attention", 1), ("attention", 2)]),
+        # what attention takes beside the weights is known from the first: in 2 they would not fit
+        (9, ("attention", 4), [("attention", 1), ("attention", 4)]),
+        (6.5, ("layers", 2), [("attention", 2), ("layers", 2)]),
+        (1.5, None, [("attention", 8), ("layers", 8)]),
+    ],
+)
+def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, compiled):
+    """Less work goes before less traffic, and nothing is compiled that is known not to fit: 8 GiB
+    of frozen weights, and beside them 6 GiB or 1, whatever the grid."""
+    gib, tried, wanted = 2**30, [], recipe.Config(batch_size=64)
+    frozen = [jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)]
+
+    def inputs(mesh):
+        return ((), (), sharding.place(frozen, mesh)), {}
+
+    def lower(*state, recompute, mesh, **_):
+        tried.append((recompute, mesh.shape["fsdp"]))
+        size = {"attention": 6, "layers": 1}[recompute] * gib + compiling.bytes_held(inputs(mesh))
+        return types.SimpleNamespace(compile=lambda: needing(it=size)["it"])
+
+    monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
+    given = wanted, sharding.grids(64), float(room * gib), inputs
+    if found is None:
+        with pytest.raises(ValueError, match=r"needs 2\.00 GiB .* recomputing layers"):
+            train.compile_step(*given)
+    else:
+        _, way, mesh = train.compile_step(*given)
+        assert (way, mesh.shape["fsdp"]) == found
+    assert tried == compiled
 
 
 def test_what_does_not_fit_is_a_message(monkeypatch):
@@ -664,15 +698,16 @@ def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
     the message names a part that does fit."""
     config, needed = recipe.Config(batch_size=BATCH, dtype="float32", queries=QUERIES), {}
     mesh = sharding.make_mesh(BATCH, devices=jax.devices()[:1])
-    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
+    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
     for size in (None, BATCH // 2, BATCH // 4):
         some = dataclasses.replace(config, micro_batch=size)
-        program, _ = train.compile_step(some, mesh, math.inf, state, batch_of(config, ASR, mesh))
+        inputs = state, batch_of(config, ASR, mesh)
+        program, *_ = train.compile_step(some, [mesh], math.inf, lambda _, inputs=inputs: inputs)
         needed[size] = compiling.bytes_needed(program.memory_analysis())
     assert needed[BATCH // 4] < needed[BATCH // 2] < needed[None]
     some = dataclasses.replace(config, recompute="attention")
     with pytest.raises(ValueError) as error:
-        train.compile_step(some, mesh, 0.9 * needed[None], state, batch_of(config, ASR, mesh))
+        train.compile_step(some, [mesh], 0.9 * needed[None], lambda _: inputs)
     size = int(re.search(r"--micro-batch (\d+)", str(error.value))[1])
     assert needed[size] <= 0.9 * needed[None]
 

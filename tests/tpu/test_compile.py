@@ -17,7 +17,7 @@ import test_cost
 import runtime
 import train
 import whisper
-from runtime import compiling, cost, recipe, sharding
+from runtime import compiling, cost, hlo, recipe, sharding
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install '.[tpu]'"
@@ -76,7 +76,7 @@ def test_the_published_step_on_the_published_slice(way, most):
     params, _, frozen = train.abstract_inputs(config, asr, llm, sharding.make_mesh(512))[0]
     gathered = test_cost.bytes_gathered(eqx.combine(params, frozen.diva), sharding.SMALL, 2, way)
     gradients = 2 * test_cost.parameters(params)
-    whole = {kind: float(rows[kind][1]) * 1e9 for kind in compiling.TRAVEL if kind in rows}
+    whole = {kind: float(rows[kind][1]) * 1e9 for kind in hlo.TRAVEL if kind in rows}
     total = sum(whole.values())
     assert 0.99 * (gathered + gradients) < total < 1.01 * (gathered + gradients), whole
     # All clips' states before one layer of the LLM alone would be 2 GB.
@@ -90,12 +90,13 @@ def test_a_tiny_step_on_a_small_slice():
     config = recipe.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=devices)
     asr, llm = test_cost.ASR, test_cost.LLM
-    state = train.abstract_inputs(config, asr, llm, mesh)[0]
+    state = train.abstract_inputs(config, mesh, asr, llm)[0]
     batch = test_cost.batch_of(config, asr, mesh)
     chip = cost.CHIPS[devices[0].device_kind]
-    compiled, way = train.compile_step(config, mesh, chip.memory, state, batch)
+    inputs = state, batch
+    compiled, way, _ = train.compile_step(config, [mesh], chip.memory, lambda _: inputs)
     assert way == "attention"
-    program = compiling.Program(compiled, len(devices))
+    program = hlo.Program(compiled, len(devices))
     by_hand = sum(cost.flops(asr, llm, test_cost.QUERIES, test_cost.TURN, test_cost.TEXT).values())
     again = test_cost.computed_again(asr, llm, test_cost.QUERIES, way)
     mel = test_cost.mel_products(asr) + spectrum_products(asr)
