@@ -31,7 +31,8 @@ def measure(name: str) -> dict[str, Any]:
         "flops": program.flops,
         "memory": compiling.bytes_needed(program.memory),
         "arguments": program.memory.argument_size_in_bytes,
-        "sent": sum(c.travel for c in program.collectives.values()),
+        "fsdp": found.mesh.shape["fsdp"],
+        "sent": program.sent,
         "compile_seconds": round(found.seconds),
     }
 

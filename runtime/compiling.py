@@ -190,17 +190,24 @@ def bytes_needed(memory: Any) -> int:
 def step_times(program: Program, chip: cost.Chip) -> tuple[dict[str, float], float, float]:
     """Seconds that one step takes at least for products, memory and links; at 100 % of peak, where
     all three go on at the same time; and at cost.SHARE of it."""
-    sent = sum(c.travel for c in program.collectives.values())
     whole = sum(c.bytes for c in program.collectives.values())
     # At least: what is gathered and what is kept for the backward pass, written and read once each.
     moved = 2 * (whole + program.memory.temp_size_in_bytes)
     bounds = {
         "products": program.flops / chip.flops,
         "memory": moved / chip.bandwidth,
-        "links": sent / chip.links,
+        "links": program.sent / chip.links,
     }
     roof = max(bounds.values())
     return bounds, roof, max(roof, bounds["products"] / cost.SHARE)
+
+
+def with_traffic(program: Program, chip: cost.Chip) -> tuple[float, float]:
+    """Seconds of one step at 100 % of peak where no traffic goes on beside products; and where that
+    does which the schedule puts there."""
+    bounds = step_times(program, chip)[0]
+    alone = max(bounds["products"], bounds["memory"]) + bounds["links"]
+    return alone, alone - program.hidden(chip.flops, chip.links)
 
 
 def report(
@@ -252,6 +259,12 @@ def report(
             f"  {f'at {100 * share:.0f} % of peak':32}{seconds:12.3f}   {steps} steps in "
             f"{steps * seconds / 60:.0f} min, {clips / seconds:.0f} clips/s"
         ]
+    alone, scheduled = with_traffic(program, chip)
+    lines += [
+        f"  {'no traffic beside products':32}{alone:12.3f}",
+        f"  {'traffic as it is scheduled':32}{scheduled:12.3f}   "
+        f"{alone - scheduled:.3f} s of links beside products",
+    ]
     return "\n".join(lines)
 
 

@@ -7,7 +7,8 @@ A program is a list of computations, and a computation a list of lines, each an 
     %name = shape kind(operands), attributes
 
 TPUs write every product as a convolution. A program for a TPU is scheduled: its lines are in the
-order in which a chip starts them.
+order in which a chip starts them. What it sends goes on beside what stands between a line of a
+kind -start and its -done, or in one fusion with it; all else waits.
 
 Reads: nothing of ours.   Read next: compiling.py.
 """
@@ -64,11 +65,14 @@ class Program:
         ops = [op for lines in self.computations.values() for op in lines]
         self.shapes = {name: shape for name, shape, *_ in ops}
         self.flops, self.collectives = 0.0, defaultdict(Collective)
+        self.beside: list[tuple[float, float, float]] = []  # times, bytes that travel, FLOPs
         self.channels: set[str] = set()
         self._walk(entry, 1)
 
-    def _walk(self, name: str, times: int) -> None:
-        for _, shape, kind, operands, rest in self.computations[name]:
+    def _walk(self, name: str, times: float) -> None:
+        going: dict[str, list[float]] = {}  # collectives that were started and are not yet done
+        for op, shape, kind, operands, rest in self.computations[name]:
+            flops, sent = self.flops, self.sent
             if kind in ("convolution", "dot"):
                 count = _convolution if kind == "convolution" else _dot
                 self.flops += times * count(shape, *self._shapes(operands), rest)
@@ -78,6 +82,31 @@ class Program:
             turns = self._turns(rest) if kind == "while" else 1
             for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", rest):
                 self._walk(called, times * turns)
+            flops, sent = (self.flops - flops) / times, (self.sent - sent) / times
+            for travel_and_flops in going.values():
+                travel_and_flops[1] += flops
+            if kind.endswith("-start") and sent:
+                going[op] = [sent, 0.0]
+            elif kind.endswith("-done"):
+                for started in re.findall(r"%([\w.\-]+)", operands):
+                    self._hide(times, *going.pop(started, (0.0, 0.0)))
+            elif kind == "fusion":  # one that computes while it sends
+                self._hide(times, sent, flops)
+
+    def _hide(self, times: float, travel: float, flops: float) -> None:
+        if travel and flops:
+            self.beside.append((times, travel, flops))
+
+    @property
+    def sent(self) -> float:
+        """Bytes that reach a chip through its links."""
+        return sum((c.travel for c in self.collectives.values()), 0.0)
+
+    def hidden(self, flops: float, links: float) -> float:
+        """Seconds of the traffic that go on beside products, by the order in which the program
+        starts and awaits what it sends; at `flops` and bytes through `links` a second."""
+        each = (times * min(sent / links, work / flops) for times, sent, work in self.beside)
+        return sum(each, 0.0)
 
     def _is_new(self, rest: str) -> bool:
         """False for another part of a collective that runs beside products, in several parts."""
