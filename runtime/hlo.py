@@ -65,11 +65,11 @@ class Program:
         ops = [op for lines in self.computations.values() for op in lines]
         self.shapes = {name: shape for name, shape, *_ in ops}
         self.flops, self.collectives = 0.0, defaultdict(Collective)
-        self.beside: list[tuple[float, float, float]] = []  # times, bytes that travel, FLOPs
+        self.beside: list[tuple[int, float, float]] = []  # times, bytes that travel, FLOPs
         self.channels: set[str] = set()
         self._walk(entry, 1)
 
-    def _walk(self, name: str, times: float) -> None:
+    def _walk(self, name: str, times: int) -> None:
         going: dict[str, list[float]] = {}  # collectives that were started and are not yet done
         for op, shape, kind, operands, rest in self.computations[name]:
             flops, sent = self.flops, self.sent
@@ -93,7 +93,7 @@ class Program:
             elif kind == "fusion":  # one that computes while it sends
                 self._hide(times, sent, flops)
 
-    def _hide(self, times: float, travel: float, flops: float) -> None:
+    def _hide(self, times: int, travel: float, flops: float) -> None:
         if travel and flops:
             self.beside.append((times, travel, flops))
 

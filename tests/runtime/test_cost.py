@@ -5,7 +5,6 @@ Hand-written programs are in the text form of HLO, as XLA prints it for CPUs and
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -62,10 +61,12 @@ def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> dict:
     return sharding.to_devices(shapes, mesh)
 
 
-def abstract_step(batch_size: int, devices: int) -> tuple[recipe.Config, tuple, dict]:
+def abstract_step(
+    batch_size: int, devices: int, fsdp: int | None = None
+) -> tuple[recipe.Config, tuple, dict]:
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = recipe.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
-    mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
+    mesh = sharding.make_mesh(batch_size, fsdp, jax.devices()[:devices])
     state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
     return config, state, batch_of(config, ASR, mesh)
 
@@ -505,6 +506,50 @@ def test_every_kind_of_collective():
     }
 
 
+def test_traffic_beside_products_is_what_stands_between_start_and_done():
+    """Or in one fusion with a product, twice of them in a loop. As long as the shorter of the two
+    takes; what has no product beside it, and what has no start, hides nothing."""
+    gather = "channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}"
+    product = "bf16[1000,1000]{{1,0}} dot(%w, %w), lhs_contracting_dims={{1}}"
+    lines = f"""HloModule by_hand, is_scheduled=true
+
+%both (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.1 = bf16[125,1000]{{1,0}} parameter(0)
+  %w = bf16[1000,1000]{{1,0}} all-gather(%p.1), {gather.format(1)}
+  ROOT %y.1 = {product.format()}
+}}
+
+%sends (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.2 = bf16[125,1000]{{1,0}} parameter(0)
+  ROOT %g.2 = bf16[1000,1000]{{1,0}} all-gather(%p.2), {gather.format(2)}
+}}
+
+%body (p: bf16[125,1000]) -> bf16[125,1000] {{
+  %p.3 = bf16[125,1000]{{1,0}} parameter(0)
+  %s.3 = ((bf16[125,1000]), bf16[1000,1000]) async-start(%p.3), calls=%sends
+  %y.3 = {product.format()}
+  %z.3 = {product.format()}
+  %d.3 = bf16[1000,1000]{{1,0}} async-done(%s.3), calls=%sends
+}}
+
+ENTRY %main (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.4 = bf16[125,1000]{{1,0}} parameter(0)
+  %s.4 = (bf16[125,1000], bf16[1000,1000]) all-gather-start(%p.4), {gather.format(3)}
+  %d.4 = bf16[1000,1000]{{1,0}} all-gather-done(%s.4)
+  %y.4 = {product.format()}
+  %g.4 = bf16[1000,1000]{{1,0}} all-gather(%p.4), {gather.format(4)}
+  %l.4 = bf16[125,1000]{{1,0}} while(%p.4), condition=%no, body=%body, TURNS
+  ROOT %f.4 = bf16[1000,1000]{{1,0}} fusion(%p.4), kind=kCustom, calls=%both
+}}
+"""
+    found = program(lines.replace("TURNS", 'backend_config={"known_trip_count":{"n":"2"}}'))
+    size, work = 2e6 * 7 / 8, 2e9  # of one gather, of one product
+    assert found.sent == (3 + 2) * size and found.flops == (1 + 2 * 2 + 1) * work
+    assert found.hidden(1e9, 1e3) == pytest.approx(2 * 4 + 2)  # the links take 1,750 s
+    assert found.hidden(1e9, size / 3) == pytest.approx(2 * 3 + 2)
+    assert found.hidden(1e3, size) == pytest.approx(2 * 1 + 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "bits"),
     [("pred", 8), ("s8", 8), ("u4", 4), ("f8e4m3fn", 8), ("bf16", 16), ("s32", 32), ("f64", 64)],
@@ -539,19 +584,21 @@ def test_a_compiled_function_is_read_as_what_it_does():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The tiny step on eight devices, compiled for each way to recompute, and what it was made of.
+    """The tiny step on eight devices, compiled for each way to recompute, and with frozen weights
+    whole on each; and what it was made of.
 
     Compile fast, run never: XLA makes the same program and spends less on machine code.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     small, sharding.SMALL = sharding.SMALL, SMALL
     jax.config.update("jax_disable_most_optimizations", True)
-    config, state, batch = abstract_step(BATCH, DEVICES)
-    step = functools.partial(
-        train.train_step.lower, *state, batch, np.int32(0), recipe=recipe.recipe_of(config)
-    )
-    mesh = sharding.make_mesh(BATCH)
-    yield state, {way: step(mesh=mesh, recompute=way).compile() for way in WAYS}
+    programs = {}
+    for name, way, fsdp in (("whole", "attention", 1), *((way, way, DEVICES) for way in WAYS)):
+        config, state, batch = abstract_step(BATCH, DEVICES, fsdp)
+        how = {"recipe": recipe.recipe_of(config), "mesh": sharding.make_mesh(BATCH, fsdp)}
+        step = train.train_step.lower(*state, batch, np.int32(0), **how, recompute=way)
+        programs[name] = step.compile()
+    yield state, programs
     jax.config.update("jax_disable_most_optimizations", before)
     sharding.SMALL = small
 
@@ -597,6 +644,20 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
     trained = 4 * (parameters(params) - unused)
     assert trained <= found["all-reduce"].bytes <= 1.01 * trained  # and a few numbers to be logged
     assert found.keys() == {"all-gather", "all-to-all", "all-reduce"}
+
+
+def test_frozen_weights_that_are_whole_on_each_device_do_not_travel(compiled):
+    """Only the trained ones do, and their gradients: no row of a table, no token id."""
+    (params, *_), programs = compiled
+    found = hlo.Program(programs["whole"], DEVICES)
+    gathered = bytes_gathered(params, SMALL, 4, "attention")
+    assert found.collectives["all-gather"].bytes == gathered
+    assert found.collectives.keys() == {"all-gather", "all-reduce"}
+    split = hlo.Program(programs["attention"], DEVICES)
+    summed = found.collectives["all-reduce"].travel
+    assert summed == split.collectives["all-reduce"].travel
+    assert found.sent == gathered * 7 / 8 + summed < 0.8 * split.sent
+    assert found.flops == split.flops
 
 
 # ------------------------------------------------------------------------------------ does it fit
@@ -798,6 +859,11 @@ def test_the_report_by_hand():
     assert rows["links"] == ["3.000"]  # 6 GB at 2 GB/s: the roof
     assert rows["at 100 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
     assert rows["at 40 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
+    said = "3.500 0.000 s of links beside products".split()  # the gather waits, and is waited for
+    assert (
+        rows["no traffic beside products"] == said[:1]
+        and rows["traffic as it is scheduled"] == said
+    )
     fast = dataclasses.replace(chip, links=2e11)
     report = compiling.report(step, parts, 0.25e12, fast, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}
