@@ -707,6 +707,7 @@ def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
         (9, ("attention", 4), [("attention", 1), ("attention", 4)]),
         (6.5, ("layers", 2), [("attention", 2), ("layers", 2)]),
         (1.5, None, [("attention", 8), ("layers", 8)]),
+        (0.5, None, [("layers", 8)]),  # not even the weights: compiled to say what it takes
     ],
 )
 def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, compiled):
