@@ -229,7 +229,7 @@ def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tup
         return jax.jit(function, out_shardings=jax.tree.map(lambda s: s.sharding, found))(x)
 
     params, frozen = eqx.partition(diva, connector.trainable(diva))
-    params, frozen = sharding.place(params, mesh, sharding.TRAINED), sharding.place(frozen, mesh)
+    params = sharding.place(params, mesh, sharding.TRAINED)
     opt_state, gram = make(make_optimizer(recipe_of(config)).init, params, sharding.TRAINED), None
     if config.response_loss == "gram":
         gram = make(distill_loss.gram_matrix, frozen.llm.output_matrix, sharding.FROZEN)
