@@ -251,8 +251,13 @@ def report(
         f"   computed twice {1 - by_hand / compiled:.1%}, padded text {padding / compiled:.1%}",
         f"  {'XLA, each loop counted once':32}{once / cost.TERA:12.2f}",
     ]
+    return "\n".join([*lines, "", *_times(program, chip, clips, steps)])
+
+
+def _times(program: Program, chip: cost.Chip, clips: int, steps: int) -> list[str]:
+    """The report's part on time."""
     bounds, roof, fair = step_times(program, chip)
-    lines += ["", f"{'time of one step, at least':34}{'s':>12}"]
+    lines = [f"{'time of one step, at least':34}{'s':>12}"]
     lines += [f"  {name:32}{seconds:12.3f}" for name, seconds in bounds.items()]
     for share, seconds in ((1, roof), (cost.SHARE, fair)):
         lines += [
@@ -260,12 +265,12 @@ def report(
             f"{steps * seconds / 60:.0f} min, {clips / seconds:.0f} clips/s"
         ]
     alone, scheduled = with_traffic(program, chip)
-    lines += [
+    return [
+        *lines,
         f"  {'no traffic beside products':32}{alone:12.3f}",
         f"  {'traffic as it is scheduled':32}{scheduled:12.3f}   "
         f"{alone - scheduled:.3f} s of links beside products",
     ]
-    return "\n".join(lines)
 
 
 class SliceProgram(NamedTuple):
