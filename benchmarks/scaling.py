@@ -2,8 +2,8 @@
 
 Compiles train.py's step of diva-8b, always with the same 128 clips, for slices of 1, 8, 64 and 128
 TPUs, without one (pip install '.[tpu]'), all arrays split over all chips; and reads from each
-compiled program what one chip computes, holds and sends. This says nothing of time, only that the work is divided and not
-repeated. Prints README's table; runs/benchmarks/scaling.json keeps it.
+compiled program what one chip computes, holds and sends. This says nothing of time, only that the
+work is divided and not repeated. Prints README's table; runs/benchmarks/scaling.json keeps it.
 """
 
 import math

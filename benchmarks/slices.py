@@ -22,8 +22,8 @@ SLICES = [
 ]
 HEADINGS = (
     "preset | slice | chips | frozen weights | recomputes | memory, GiB a chip | through links, GB "
-    "a chip | TFLOP a clip by hand / compiled | step at 40 % of peak, s | whole run at 100 % / 40 % "
-    "of peak | chip-hours at 40 %"
+    "a chip | TFLOP a clip by hand / compiled | step at 40 % of peak, s | whole run at 100 % / "
+    "40 % of peak | chip-hours at 40 %"
 )
 
 
