@@ -26,7 +26,7 @@ Read next: eval.py.
 import dataclasses
 import functools
 import logging
-import os
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -46,9 +46,9 @@ import connector
 import data
 import distill_loss
 import llama
-import weights
 import whisper
 from runtime import answers, command, compiling, cost, files, keeping, record, sharding, watching
+from runtime.claiming import claim
 from runtime.recipe import Config, Recipe, parse, recipe_of, resume_command
 
 # ---------------------------------------------------------------------------- the loss and the step
@@ -180,12 +180,15 @@ def train_step(
     """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what sharding.constrain looks up
         grads, (metrics, finite) = gradients(params, frozen, batch, recipe, recompute, micro_batch)
-    grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, mesh))
+
+    def split(tree: Any) -> Any:
+        where = sharding.shardings(tree, mesh, sharding.TRAINED)
+        return jax.lax.with_sharding_constraint(tree, where)
+
+    grads = split(grads)
     updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
     # Outputs live exactly where the inputs did: so the next step needs no second compilation.
-    params = jax.lax.with_sharding_constraint(params, sharding.shardings(params, mesh))
-    opt_state = jax.lax.with_sharding_constraint(opt_state, sharding.shardings(opt_state, mesh))
+    params, opt_state = split(optax.apply_updates(params, updates)), split(opt_state)
     grad_norm = optax.tree.norm(grads)
     metrics |= {
         "grad_norm": grad_norm,
@@ -216,55 +219,72 @@ def with_dtype(config: Config, platform: str) -> Config:
 
 
 def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tuple:
-    """(trained arrays, optimizer state, Frozen), split by one rule: arrays, or shapes if `diva` has
+    """(trained arrays, optimizer state, Frozen), where they belong: arrays, or shapes if `diva` has
     shapes. `turn`: prefix, suffix and pads of the template."""
 
-    def make(function: Any, x: Any) -> Any:
-        found = sharding.place(jax.eval_shape(function, x), mesh)
+    def make(function: Any, x: Any, over: tuple[str, ...]) -> Any:
+        found = sharding.place(jax.eval_shape(function, x), mesh, over)
         if isinstance(jax.tree.leaves(x)[0], jax.ShapeDtypeStruct):
             return found
         return jax.jit(function, out_shardings=jax.tree.map(lambda s: s.sharding, found))(x)
 
-    params, frozen_diva = eqx.partition(diva, connector.trainable(diva))
-    opt_state, gram = make(make_optimizer(recipe_of(config)).init, params), None
+    params, frozen = eqx.partition(diva, connector.trainable(diva))
+    params = sharding.place(params, mesh, sharding.TRAINED)
+    opt_state, gram = make(make_optimizer(recipe_of(config)).init, params, sharding.TRAINED), None
     if config.response_loss == "gram":
-        gram = make(distill_loss.gram_matrix, diva.llm.output_matrix)
-    return sharding.place((params, opt_state, Frozen(frozen_diva, *turn, gram)), mesh)
+        gram = make(distill_loss.gram_matrix, frozen.llm.output_matrix, sharding.FROZEN)
+    return params, opt_state, sharding.place(Frozen(frozen, *turn, gram), mesh)
 
 
 def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple:
     """The state before step 0, on the devices: weights loaded, connector and optimizer new."""
-    where = functools.partial(sharding.place, mesh=mesh)
+
+    def where(template: Any) -> Any:  # of a Whisper most is trained
+        frozen = isinstance(template, llama.Llama)
+        return sharding.place(template, mesh, sharding.FROZEN if frozen else sharding.TRAINED)
+
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
     models = (config.whisper, config.llm, config.queries)
-    diva = where(connector.DiVA.untrained(*models, key, dtype, where, config.window))
+    diva = connector.DiVA.untrained(*models, key, dtype, where, config.window)
     return state_of(config, diva, answers.template(turn), mesh)
 
 
 def abstract_inputs(
-    config: Config, asr: whisper.WhisperConfig, llm: llama.LlamaConfig, mesh: Mesh
+    config: Config,
+    mesh: Mesh,
+    asr: whisper.WhisperConfig,
+    llm: llama.LlamaConfig,
+    turn: Any = None,
+    text: int | None = None,
+    more: Any = None,
 ) -> tuple[tuple, dict[str, Any]]:
-    """Shapes and shardings of `start_state` and of a batch, from the sizes of the models alone."""
+    """Shapes and shardings of `start_state` and of a batch, from the sizes of the models alone, and
+    where known, of the template, of the longest transcript and of what a batch has besides."""
     diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
-    turn = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (cost.PREFIX, cost.SUFFIX)] + [None]
-    text = min(cost.TEXT, config.queries or asr.max_target_positions)
-    most = answers.limit(config.response_tokens)
-    more = {"answers": ((most - 1,), np.int32), "states": ((), np.int32)} if most > 1 else {}
+    sizes = (cost.PREFIX, cost.SUFFIX)
+    turn = turn or [*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes), None]
+    text = text or min(cost.TEXT, config.queries or asr.max_target_positions)
+    most, more = answers.limit(config.response_tokens), dict(more or {})
+    if most > 1:
+        more |= {"answers": ((most - 1,), np.int32), "states": ((), np.int32)}
     batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
     return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
 
 
-def compile_step(config: Config, mesh: Mesh, room: float, state: tuple, batch: dict) -> tuple:
-    """The step, compiled for these arrays or shapes, and what it recomputes: as little as fits
-    into `room` bytes of each device. Raises ValueError if it does not."""
-    arguments = (*state, batch, np.int32(0))
-    micro_batch = compiling.at_once(config, mesh)
-    static = {"recipe": recipe_of(config), "mesh": mesh, "micro_batch": micro_batch}
+def compile_step(
+    config: Config, grids: list[Mesh], room: float, inputs: Callable[[Mesh], tuple[tuple, dict]]
+) -> tuple[Any, sharding.Recompute, Mesh]:
+    """The step, compiled for `inputs`, the state and the batch on one of the `grids`, arrays or
+    shapes; what it recomputes; and the grid: as `compiling.fit` chooses. Raises ValueError."""
+    inputs = functools.cache(inputs)
 
-    def lower(recompute: sharding.Recompute):
-        return train_step.lower(*arguments, **static, recompute=recompute)
+    def lower(recompute: sharding.Recompute, mesh: Mesh) -> Any:
+        state, batch = inputs(mesh)
+        static = {"recipe": recipe_of(config), "mesh": mesh, "recompute": recompute}
+        size = compiling.at_once(config, mesh)
+        return train_step.lower(*state, batch, np.int32(0), **static, micro_batch=size)
 
-    return compiling.fit(lower, config, mesh, room, (state, batch))
+    return compiling.fit(lower, config, grids, room, inputs)
 
 
 def compile_for(config: Config) -> compiling.SliceProgram:
@@ -272,43 +292,23 @@ def compile_for(config: Config) -> compiling.SliceProgram:
     return compiling.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
 
 
-class Claim(NamedTuple):
-    """What a run is about, as far as it is known without weights."""
-
-    corpus: data.Corpus
-    watched: data.Corpus | None
-    chat: llama.Chat
-    turn: dict[str, list[int]]  # prefix and suffix of the template
-    work: Callable[..., dict[str, float]]  # FLOPs of a clip, of positions of text and of answer
-
-
-def claim(config: Config) -> Claim:
-    """The folder notes what run it is when all is known to be right that can be without weights.
-    Raises ValueError."""
-    manifest = os.path.isfile(config.data)
-    where = (config.watch, config.split) if manifest else (config.data, config.watch)
-    clips = data.read_clips(config.data, config.split, config.text_column)
-    others = data.read_clips(*where, config.text_column) if config.watch else []
-    asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
-    asr = connector.hearing(asr, config.window)
-    llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
-    connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
-    chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
-    fitting = chat.encode_batch, asr.window_samples, queries
-    corpus = data.prepare(clips, *fitting)
-    watched = watching.some(data.prepare(others, *fitting)) if others else None
-    turn, recipe = answers.turn(chat, config.instructions), dataclasses.asdict(recipe_of(config))
-    turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
-    corpus.more |= answers.draw(turn, len(corpus.ids), config.seed)
-    positions = max(map(len, answers.prefixes(turn))) + len(turn["suffix"])
-    work = functools.partial(cost.flops, asr, llm, queries, positions)
-    return Claim(corpus, watched, chat, turn, work)
+def choose(config: Config, grids: list[Mesh], shapes: Callable) -> tuple[Mesh, Config]:
+    """The grid that the step fits on, and what it recomputes there, before there are weights. Every
+    process compiles the same shapes for the same room, and so chooses the same."""
+    room = sharding.from_first(sharding.room_here)
+    if len(grids) == 1 or room == math.inf:
+        return grids[0], config
+    _, recompute, mesh = compile_step(config, grids, room, shapes)
+    return mesh, dataclasses.replace(config, recompute=recompute)
 
 
-def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | None, float]:
+def start(
+    config: Config, grids: list[Mesh]
+) -> tuple[data.Corpus, tuple, Any, dict | None, float, Mesh]:
     """All that a run needs: its clips, its state, the compiled step, a batch to be watched or None,
-    and FLOPs of one clip."""
-    corpus, others, chat, turn, work_on = claim(config)
+    FLOPs of one clip, and the grid of devices."""
+    corpus, others, chat, turn, known, work_on = claim(config)
+    mesh, config = choose(config, grids, functools.partial(abstract_inputs, config, **known))
     state = start_state(config, mesh, turn)
     diva, *template, _ = state[2]
     llm, most = diva.llm, answers.limit(config.response_tokens)
@@ -329,22 +329,23 @@ def start(config: Config, mesh: Mesh) -> tuple[data.Corpus, tuple, Any, dict | N
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
     batch = sharding.to_devices(batch, mesh)
     began = time.perf_counter()
-    compiled, recompute = compile_step(config, mesh, sharding.room_here(), state, batch)
+    room, inputs = sharding.room_here(), (state, batch)
+    compiled, recompute, _ = compile_step(config, [mesh], room, lambda _: inputs)
     seconds = time.perf_counter() - began
     if jax.process_index() == 0:
         took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)
         print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
-    return corpus, state, compiled, watched, work
+    return corpus, state, compiled, watched, work, mesh
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(config: Config, mesh: Mesh) -> tuple[int, str]:
+def train(config: Config, grids: list[Mesh]) -> tuple[int, str]:
     """Train on from the newest checkpoint; export at the end. Returns the steps done, and what
     asked to stop, if anything did."""
     out = epath.Path(config.out)
-    corpus, (params, opt_state, frozen), compiled, watched, work = start(config, mesh)
+    corpus, (params, opt_state, frozen), compiled, watched, work, mesh = start(config, grids)
     manager = record.open_checkpoints(config)
     step = saved = first_step = manager.latest_step() or 0
     if step:
@@ -394,7 +395,7 @@ def run(config: Config) -> None:
     if files.in_bucket(out):
         record.look_into(out)
     config = with_dtype(config, jax.default_backend())
-    mesh = sharding.make_mesh(config.batch_size, config.fsdp)
+    grids = sharding.grids(config.batch_size, config.fsdp)
     if config.tasks:  # told now, not after a night of training
         sharding.from_first(lambda: len(read_tasks([config.tasks])))
     recipe = dataclasses.asdict(recipe_of(config))
@@ -403,7 +404,7 @@ def run(config: Config) -> None:
     if finished and speaks:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
     if not finished:
-        steps, asked = train(config, mesh)
+        steps, asked = train(config, grids)
         if steps < config.steps:
             if speaks:
                 why = f"stopped at step {steps} of {config.steps} ({asked or '--until'}); saved"

@@ -99,9 +99,10 @@ def step(
     for size in (size for size in BATCHES if size <= most):
         config = dataclasses.replace(preset, batch_size=size)
         mesh = sharding.make_mesh(size, devices=[device])
-        state, shapes = train.abstract_inputs(config, asr, llm, mesh)
+        inputs = functools.partial(train.abstract_inputs, config, asr=asr, llm=llm)
         try:
-            compiled, recompute = train.compile_step(config, mesh, room, state, shapes)
+            compiled, recompute, _ = train.compile_step(config, [mesh], room, inputs)
+            state, shapes = inputs(mesh)
             break
         except ValueError:  # it does not fit
             if size == BATCHES[-1]:

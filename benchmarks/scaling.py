@@ -1,11 +1,12 @@
 """How a step is shared by chips: `python -m benchmarks.scaling` (about ten minutes on 2 cores).
 
 Compiles train.py's step of diva-8b, always with the same 128 clips, for slices of 1, 8, 64 and 128
-TPUs, without one (pip install '.[tpu]'); and reads from each compiled program what one chip
-computes, holds and sends. This says nothing of time, only that the work is divided and not
-repeated. Prints README's table; runs/benchmarks/scaling.json keeps it.
+TPUs, without one (pip install '.[tpu]'), all arrays split over all chips; and reads from each
+compiled program what one chip computes, holds and sends. This says nothing of time, only that the
+work is divided and not repeated. Prints README's table; runs/benchmarks/scaling.json keeps it.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ BATCH = 128
 
 
 def measure(name: str) -> dict[str, Any]:
+    chips = math.prod(int(n) for n in name.partition(":")[2].split("x"))
     # on one chip nothing less fits than recomputing layers: so that is what all of them do
-    flags = f"--preset diva-8b --batch-size {BATCH} --recompute layers --compile-only {name}"
-    found = train.compile_for(recipe.parse(flags.split()))
+    flags = f"--preset diva-8b --batch-size {BATCH} --recompute layers --fsdp {chips}"
+    found = train.compile_for(recipe.parse([*flags.split(), "--compile-only", name]))
     program = found.program
     return {
         "slice": name,
@@ -31,7 +33,7 @@ def measure(name: str) -> dict[str, Any]:
         "flops": program.flops,
         "memory": compiling.bytes_needed(program.memory),
         "arguments": program.memory.argument_size_in_bytes,
-        "sent": sum(c.travel for c in program.collectives.values()),
+        "sent": program.sent,
         "compile_seconds": round(found.seconds),
     }
 

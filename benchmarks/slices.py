@@ -21,8 +21,9 @@ SLICES = [
     ("diva-1b", "v5e:4x4"),
 ]
 HEADINGS = (
-    "preset | slice | chips | recomputes | memory, GiB a chip | moved, GB | TFLOP a clip by hand / "
-    "compiled | step at 40 % of peak, s | whole run at 100 % / 40 % of peak | chip-hours at 40 %"
+    "preset | slice | chips | frozen weights | recomputes | memory, GiB a chip | through links, GB "
+    "a chip | TFLOP a clip by hand / compiled | step at 40 % of peak, s | whole run at 100 % / "
+    "40 % of peak | chip-hours at 40 %"
 )
 
 
@@ -35,6 +36,7 @@ def measure(preset: str, name: str) -> dict:
         "preset": preset,
         "slice": name,
         "chips": len(found.devices),
+        "fsdp": found.mesh.shape["fsdp"],
         "recompute": found.recompute,
         "compile_seconds": round(found.seconds),
         "memory": compiling.bytes_needed(program.memory),
@@ -43,6 +45,7 @@ def measure(preset: str, name: str) -> dict:
         "flops": sum(found.parts.values()),
         "flops_compiled": program.flops * len(found.devices) / config.batch_size,
         "bounds": bounds,
+        "hidden": program.hidden(chip.flops, chip.links),
         "step_seconds": [roof, fair],
         "steps": config.steps,
     }
@@ -50,17 +53,18 @@ def measure(preset: str, name: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The table, in Markdown."""
-    lines = [f"| {HEADINGS} |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    lines = [f"| {HEADINGS} |", "|---|---|--:|---|---|" + "--:|" * 6]
     for row in rows:
-        gathered = sum(c["bytes"] for c in row["collectives"].values())
+        sent = sum(c["travel"] for c in row["collectives"].values())
         whole, part = (row["steps"] * seconds / 60 for seconds in row["step_seconds"])
         cells = [
             f"`{row['preset']}`",
             f"`{row['slice']}`",
             str(row["chips"]),
+            f"in {row['fsdp']} parts" if row["fsdp"] > 1 else "whole",
             row["recompute"],
             f"{row['memory'] / cost.GIB:.1f} of {row['room'] / cost.GIB:.0f}",
-            f"{gathered / 1e9:.1f}",
+            f"{sent / 1e9:.1f}",
             f"{row['flops'] / cost.TERA:.1f} / {row['flops_compiled'] / cost.TERA:.1f}",
             f"{row['step_seconds'][1]:.2f}",
             f"{whole:.0f} / {part:.0f} min",

@@ -83,9 +83,8 @@ def training(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) 
     """A step of training, always on `batch`, as train.py's loop does it; returns the two losses."""
     mesh, (params, opt_state, frozen), batch = state(folder, batch, config)
     step, on_devices = 0, sharding.to_devices(batch, mesh)
-    compiled, _ = train.compile_step(
-        config, mesh, math.inf, (params, opt_state, frozen), on_devices
-    )
+    inputs = (params, opt_state, frozen), on_devices
+    compiled, *_ = train.compile_step(config, [mesh], math.inf, lambda _: inputs)
 
     def work():
         nonlocal params, opt_state, step

@@ -7,7 +7,7 @@
 1 product = 1 multiply-add = 2 FLOPs. Peaks are those of dense bfloat16.
 
 Axes: F mel frames, T encoder positions, Q queries, D width of Whisper, E width of the LLM.
-Reads: whisper.py, llama.py, weights.py.   Read next: compiling.py.
+Reads: whisper.py, llama.py, weights.py.   Read next: hlo.py.
 """
 
 import dataclasses

@@ -1,15 +1,18 @@
 """Sharding: where every array lives, and how a stack of layers runs when no device holds it whole.
 
-    mesh            devices as a grid [data, fsdp]
-    batch           split over both axes: every device has its own clips, and they never move
-    large arrays    split over fsdp: weights, gradients and optimizer alike; copied over data
-    small arrays    copied to every device
+    mesh             devices as a grid [data, fsdp]
+    batch            split over both axes: every device has its own clips, and they never move
+    trained arrays   split over both axes, and so are their gradients and their optimizer
+    frozen arrays    split over fsdp, copied over data: on a grid [n, 1] whole on every device
+    small arrays     copied to every device
 
 A device computes with whole layers on its own clips. So just before a layer runs, its pieces are
 gathered from all devices, in the compute dtype, and behind it they are forgotten; its gradient is
 summed over the devices and split again. That is "fully sharded data parallelism", the same sums as
-on one device. Written down here once, it holds for the encoder, the connector and the LLM. With
-which collectives, XLA decides: on a 3-D torus it gathers by adding up pieces padded with zeros.
+on one device. It pays for what is trained, which takes 16 bytes a weight with its gradient and its
+optimizer. What is frozen takes 2, and stands still wherever it fits. Written down here once, it
+holds for the encoder, the connector and the LLM. With which collectives, XLA decides: on a 3-D
+torus it gathers by adding up pieces padded with zeros.
 
 Where one token is computed at a time, that is turned around: it goes to the pieces of the weights.
 
@@ -29,12 +32,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
 AXES = ("data", "fsdp")
+FROZEN, TRAINED = ("fsdp",), AXES  # over which axes large arrays are split
 WEIGHTS = 0.8  # of a device's memory: the rest is for what is computed
 SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
 
@@ -52,7 +56,17 @@ def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> 
             f"{max(1, round(batch_size / len(devices))) * len(devices)}."
         )
     shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # jax.make_mesh would refuse the grids for which an axis of a torus has to be cut in two
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def grids(batch_size: int, fsdp: int | None = None, devices: Any = None) -> list[Mesh]:
+    """The grids that a run may choose from, least traffic first: from frozen arrays whole on every
+    device to one copy split over all; with `fsdp` only that one. Raises ValueError."""
+    count = make_mesh(batch_size, fsdp, devices).size
+    parts = [n for n in range(1, count + 1) if count % n == 0] if fsdp is None else [fsdp]
+    return [make_mesh(batch_size, n, devices) for n in parts]
 
 
 def room_here() -> float:
@@ -82,36 +96,38 @@ def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
 # ----------------------------------------------------------------------------------- where it lives
 
 
-def spec(shape: tuple[int, ...], parts: int, first: int = 0) -> P:
-    """How one array is split in `parts`: along its largest dividing axis, of those from `first` on.
+def spec(shape: tuple[int, ...], parts: int, first: int = 0, over: tuple[str, ...] = FROZEN) -> P:
+    """How one array is split in `parts`, `over` axes of the mesh: along its largest dividing axis,
+    of those from `first` on.
 
     Not at all, P(), if it is small or no axis divides.
     """
     fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
     if not fitting or np.prod(shape) < SMALL:
         return P()
-    return P(*[None] * max(fitting, key=lambda axis: shape[axis]), "fsdp")
+    return P(*[None] * max(fitting, key=lambda axis: shape[axis]), over)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The rule for every array of a model, its gradients and its optimizer.
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, over: tuple[str, ...] = FROZEN) -> Any:
+    """The rule for every array of a model, or, over TRAINED, its gradients and its optimizer.
 
     The layer axis of a stack stays whole, since lax.scan runs along it; so do the rows of a lookup
     table: each device looks up its own columns, and only the rows found need to travel.
     """
+    parts = math.prod(mesh.shape[axis] for axis in over)
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
         names = {getattr(key, "name", None) for key in path}
         if "layers" in names:
-            inner = spec(leaf.shape[1:], mesh.shape["fsdp"])
+            inner = spec(leaf.shape[1:], parts, over=over)
             return NamedSharding(mesh, P(None, *inner) if inner else P())
         is_table = bool(names & {"embed_tokens", "embed_positions"})
-        return NamedSharding(mesh, spec(leaf.shape, mesh.shape["fsdp"], first=int(is_table)))
+        return NamedSharding(mesh, spec(leaf.shape, parts, int(is_table), over))
 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def place(tree: Any, mesh: Mesh | None) -> Any:
+def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = FROZEN) -> Any:
     """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
     if mesh is None:
         return tree
@@ -121,7 +137,7 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.device_put(leaf, where)
 
-    return jax.tree.map(put, tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh, over))
 
 
 def place_local(template: Any) -> Any:
@@ -217,7 +233,7 @@ def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
 
 @jax.custom_vjp
 def gathered(piece: Array) -> Array:
-    """A split array, whole on every device; backward its gradient is split as it was."""
+    """A split array, whole on every device; backward its gradient, of a trained one, is split."""
     return constrain(piece, P())
 
 
@@ -227,8 +243,8 @@ def _gathered_forward(piece: Array):
 
 def _gathered_backward(_: None, gradient: Array):
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else mesh.shape["fsdp"]
-    return (constrain(gradient, spec(gradient.shape, parts)),)
+    parts = 1 if mesh.empty else mesh.size
+    return (constrain(gradient, spec(gradient.shape, parts, over=TRAINED)),)
 
 
 gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -194,7 +195,7 @@ def rows_of(out: Path) -> list[dict]:
 @pytest.fixture
 def not_compiled(monkeypatch) -> None:
     """For tests of what stands before the step."""
-    monkeypatch.setattr(train, "compile_step", lambda *_: (None, "attention"))
+    monkeypatch.setattr(train, "compile_step", lambda _, grids, *__: (None, "attention", grids[0]))
     monkeypatch.setattr(train.compiling, "summary", lambda *_: "not at all")
 
 
@@ -414,19 +415,67 @@ def test_a_part_that_is_not_finite_is_found(root, tmp_path):
 
 
 def test_eight_devices_give_what_one_gives(root, tmp_path):
-    """Same losses and gradient norms over steps, same weights, up to f32 reduction order."""
+    """Same losses and gradient norms over steps, same weights, up to f32 reduction order: with
+    frozen weights whole on each, in two copies, and in one."""
     config = config_of(root, tmp_path)
-    many = Started(config)
     one = Started(dataclasses.replace(config, fsdp=1), jax.devices()[:1])
-    split = [x for x in jax.tree.leaves(many.params) if not x.sharding.is_fully_replicated]
-    assert len(split) > 10, "nothing is sharded: this test would compare a thing with itself"
-    for step in range(3):
-        a, b = many.step(step), one.step(step)
-        for name in ("loss", "alignment", "response", "grad_norm", "lr"):
-            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=f"{name}, step {step}")
-    for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
-        # Adam divides by the gradient's own size: noise in a tiny gradient is a share of lr = 1e-2.
-        np.testing.assert_allclose(a, b, atol=2e-4)
+    expected = [one.step(step) for step in range(3)]
+    for fsdp in (1, 4, 8):
+        many = Started(dataclasses.replace(config, fsdp=fsdp))
+        for tree, parts in ((many.params, 8), (many.opt_state, 8), (many.frozen, fsdp)):
+            shards = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)]
+            assert {*shards} == {1, parts} and (parts == 1 or shards.count(parts) > 10)
+        for step in range(3):
+            a, b = many.step(step), expected[step]
+            for name in ("loss", "alignment", "response", "grad_norm", "lr"):
+                said = f"{name}, step {step}, fsdp {fsdp}"
+                np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=said)
+        for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
+            # Adam divides by the gradient's own size: noise in a tiny one is a share of lr = 1e-2.
+            np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
+    root, tmp_path, monkeypatch, not_compiled, most
+):
+    """Before weights are loaded, and only where devices have a known room; then what was chosen is
+    compiled with arrays of the same shapes in the same places: from the cache. Of answers the
+    longest are reckoned with, since they are not yet known."""
+    asked, config = [], config_of(root, tmp_path, fsdp=None, response_tokens=most)
+    instructions = tmp_path / "instructions"
+    instructions.write_text("red\ndog\n")
+    config = dataclasses.replace(config, instructions=str(instructions))
+
+    def compile_step(config, grids, room, inputs):
+        asked.append((config.recompute, [mesh.shape["fsdp"] for mesh in grids], room))
+        mesh = grids[len(asked) == 1 and 2]
+        asked.append([(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(inputs(mesh))])
+        if len(asked) == 2:  # no arrays yet, but of the template
+            assert isinstance(jax.tree.leaves(inputs(mesh)[0][0])[0], jax.ShapeDtypeStruct)
+        return None, "layers", mesh
+
+    monkeypatch.setattr(train, "compile_step", compile_step)
+    monkeypatch.setattr(sharding, "room_here", lambda: 1e9)
+    corpus, *_, mesh = train.start(config, sharding.grids(8))
+    first, shapes, second, arrays = asked
+    assert first == ("auto", [1, 2, 4, 8], 1e9) and second == ("layers", [4], 1e9)
+    assert mesh.shape["fsdp"] == 4
+    if most == 1:
+        assert shapes == arrays
+    else:
+        shapes, arrays = ([x[1:] for x in found] for found in (shapes, arrays))
+        assert shapes == arrays and corpus.more["answers"].shape[1] <= most - 1
+
+
+def test_nothing_is_compiled_where_there_is_no_choice(root, tmp_path, monkeypatch):
+    """One device, a grid that was asked for, devices that do not say what they hold."""
+    config, one = config_of(root, tmp_path, fsdp=None), jax.devices()[:1]
+    many, asked = sharding.grids(8), sharding.grids(8, 4)
+    for room, grids in ((1e9, sharding.grids(8, None, one)), (1e9, asked), (math.inf, many)):
+        monkeypatch.setattr(sharding, "room_here", lambda room=room: room)
+        assert train.choose(config, grids, pytest.fail) == (grids[0], config)
+    assert many[0].shape["fsdp"] == 1
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -703,7 +752,7 @@ def test_under_an_instruction_both_read_it_and_nothing_else_changes(
     config = config_of(root, tmp_path / "out", fsdp=1, instructions=str(instructions))
     config = dataclasses.replace(config, response_tokens=3)
     mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
-    corpus, (params, _, frozen), *_ = train.start(config, mesh)
+    corpus, (params, _, frozen), *_ = train.start(config, [mesh])
     batch = jax.tree.map(jnp.asarray, next(data.batches(corpus, batch_size=8, seed=0)))
     chat, diva = llama.Chat.load(root / "llama"), eqx.combine(params, frozen.diva)
     each = [chat.wrap(text)[0] for text in (None, "red", "blue dog cat one")]
@@ -798,13 +847,13 @@ def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys
     """auto: up to ROOM bytes, which are counted right; a step then does neither part's work."""
     mesh = sharding.make_mesh(8)
     config = config_of(root, tmp_path / "a", frozen_states="auto", response_tokens=2)
-    corpus, state, _, _, work = train.start(config, mesh)
+    corpus, state, _, _, work, _ = train.start(config, [mesh])
     kept = sum(corpus.more[name].nbytes for name in ("audio", "taught"))
     assert kept == keeping.bytes_of(state[2].diva, corpus)
     assert "kept what encoder and teacher say of 8 clips" in capsys.readouterr().out
     monkeypatch.setattr(keeping, "ROOM", kept - 1)
     config = config_of(root, tmp_path / "b", frozen_states="auto", response_tokens=2)
-    corpus, *_, whole = train.start(config, mesh)
+    corpus, *_, whole, _ = train.start(config, [mesh])
     assert "audio" not in corpus.more and whole > work
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="--frozen-states keep: each of several processes"):
@@ -821,7 +870,7 @@ def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeyp
     monkeypatch.setattr(answers, "MOST", 4)
     config = config_of(root, tmp_path, fsdp=1, watch="train", queries=6)
     mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
-    _, state, _, batch, _ = train.start(config, mesh)
+    _, state, _, batch, *_ = train.start(config, [mesh])
     word = jnp.asarray(state[2].diva.llm.embed(batch["ids"][:1, :1])[0, 0])
     params = eqx.tree_at(  # says one word all the time, and little beside it
         lambda p: (p.connector.projection.weight, p.connector.projection.bias),
@@ -1020,10 +1069,11 @@ def test_two_processes_give_what_one_gives(root, finished, tmp_path):
     """Eight devices in two processes or in one: the same losses, but for the order of f32 sums.
 
     SIGTERM to one process of them stops both at the same step, saved; one process goes on with
-    eight devices, and again the losses are those of the undisturbed run.
+    eight devices, and frozen weights that were whole on each are split: again the losses are those
+    of the undisturbed run.
     """
     out = tmp_path / "two"
-    processes = start_two_processes(config_of(root, out))
+    processes = start_two_processes(config_of(root, out, fsdp=1))
     wait_for_rows(out, 3, *processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -366,17 +366,18 @@ def test_every_device_holds_its_slice_and_only_slices_are_read(tmp_path, reads, 
     assert sum(elements for _, elements in reads) == values.size
 
 
-def test_an_array_split_in_4_and_copied_in_2_is_read_in_quarters(tmp_path, reads):
+@pytest.mark.parametrize("parts", [4, 1])
+def test_an_array_split_in_4_or_whole_and_copied_is_read_once(tmp_path, reads, parts):
     """The mesh of training: (data, fsdp); the copies over `data` hold the same."""
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    mesh = Mesh(np.asarray(jax.devices()).reshape(-1, parts), ("data", "fsdp"))
     values = np.arange(64, dtype=np.float32).reshape(16, 4)
     save_file({"w": values}, tmp_path / "model.safetensors")
     sharding = NamedSharding(mesh, P("fsdp"))
     array = weights.load({"w": shape(16, 4, sharding=sharding)}, tmp_path)["w"]
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, values[shard.index])
-        assert shard.data.shape == (4, 4)
-    assert [elements for _, elements in reads] == [16] * 4, "once, also for several devices"
+        assert shard.data.shape == (16 // parts, 4)
+    assert [elements for _, elements in reads] == [64 // parts] * parts, "once, for all who hold it"
 
 
 def test_a_device_that_holds_some_layers_reads_no_other(tmp_path, reads):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from test_sharding import equations, inside, laid_out
 
-from runtime import attention, compiling, sharding
+from runtime import attention, hlo, sharding
 
 ROUNDING = 16 * 2.0**-23  # f32: a chain of short sums, exp of scores of about 1
 BY_CLIP = P(sharding.AXES)
@@ -246,7 +246,7 @@ def test_devices_attend_to_their_own_clips_and_send_nothing(fsdp, causal, monkey
     split = share_out(mesh, arrays)
     function = with_gradients(functools.partial(attention.attend, causal=causal))
     compiled = inside(mesh, function).lower(*split).compile()
-    program = compiling.Program(compiled, 8)
+    program = hlo.Program(compiled, 8)
     assert not program.collectives and "all-" not in compiled.as_text()
     assert program.flops == 7 * product(16, 4, 6, 4) / 8
     got = compiled(*split)
@@ -305,7 +305,7 @@ def test_attention_takes_two_products_forward_and_five_backward(recompute, split
     if recompute == "layers":
         by_hand += 2 * product(B, H, T, K) + wide + 2 * narrow
     devices = 8 if split else 1
-    assert compiling.Program(compiled, devices).flops == N * by_hand / devices
+    assert hlo.Program(compiled, devices).flops == N * by_hand / devices
 
 
 @pytest.mark.parametrize("recompute", ["attention", "layers"])

@@ -5,7 +5,6 @@ Hand-written programs are in the text form of HLO, as XLA prints it for CPUs and
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import llama
 import train
 import weights
 import whisper
-from runtime import compiling, cost, recipe, sharding
+from runtime import compiling, cost, hlo, recipe, sharding
 
 ASR = whisper.WhisperConfig(
     d_model=32,
@@ -62,11 +61,13 @@ def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> dict:
     return sharding.to_devices(shapes, mesh)
 
 
-def abstract_step(batch_size: int, devices: int) -> tuple[recipe.Config, tuple, dict]:
+def abstract_step(
+    batch_size: int, devices: int, fsdp: int | None = None
+) -> tuple[recipe.Config, tuple, dict]:
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = recipe.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
-    mesh = sharding.make_mesh(batch_size, devices=jax.devices()[:devices])
-    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
+    mesh = sharding.make_mesh(batch_size, fsdp, jax.devices()[:devices])
+    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
     return config, state, batch_of(config, ASR, mesh)
 
 
@@ -256,17 +257,17 @@ def memory(**sizes: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{f"{n}_size_in_bytes": sizes.get(n, 0) for n in names})
 
 
-def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> compiling.Program:
-    """What compiling.Program makes of a compiled program that prints as `text`."""
+def program(text: str, chips: int = 8, once: float = 0.0, **sizes: int) -> hlo.Program:
+    """What hlo.Program makes of a compiled program that prints as `text`."""
     compiled = types.SimpleNamespace(
         as_text=lambda: text,
         memory_analysis=lambda: memory(**sizes),
         cost_analysis=lambda: {"flops": once},
     )
-    return compiling.Program(compiled, chips)
+    return hlo.Program(compiled, chips)
 
 
-def entry(*lines: str, chips: int = 8) -> compiling.Program:
+def entry(*lines: str, chips: int = 8) -> hlo.Program:
     body = "\n".join(f"  {line}" for line in lines)
     return program(
         f"HloModule by_hand\n\nENTRY %main (p: f32[2]) -> f32[2] {{\n{body}\n}}\n", chips
@@ -336,9 +337,7 @@ def test_loops_count_as_often_as_they_turn():
     found = program(LOOPS, once=7.0)
     assert found.flops == (5 * 3 + 1) * 2 * (4 * 8 * 8)
     size = 8.0 * 8 * 4
-    assert found.collectives == {
-        "all-reduce": compiling.Collective(5, 5 * size, 5 * size)
-    }  # 2 (2-1)/2
+    assert found.collectives == {"all-reduce": hlo.Collective(5, 5 * size, 5 * size)}  # 2 (2-1)/2
     assert found.counted_once == 7.0
 
 
@@ -468,7 +467,7 @@ def test_the_chips_that_take_part_in_a_collective(groups, chips):
     """In each of the forms in which HLO lists them; all of them where none are listed."""
     found = entry("%p = bf16[1,16]{1,0} parameter(0)", GATHER.format(n=1, groups=groups))
     size = 8.0 * 16 * 2
-    expected = compiling.Collective(1, size, size * (chips - 1) / chips)
+    expected = hlo.Collective(1, size, size * (chips - 1) / chips)
     assert found.collectives == {"all-gather": expected}
 
 
@@ -499,12 +498,56 @@ def test_every_kind_of_collective():
     p, q = 4.0 * 16 * 4, 16.0 * 16 * 2
     gathered = 4 * p + 4 * p + (4 * p + 4 * q) + 8 * 16 * 2
     assert dict(found) == {
-        "all-gather": compiling.Collective(4, gathered, gathered * 3 / 4),
-        "all-reduce": compiling.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
-        "reduce-scatter": compiling.Collective(1, q, q * 3 / 4),
-        "all-to-all": compiling.Collective(1, p / 2, p / 2 * 3 / 4),
-        "collective-permute": compiling.Collective(1, p, p),
+        "all-gather": hlo.Collective(4, gathered, gathered * 3 / 4),
+        "all-reduce": hlo.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
+        "reduce-scatter": hlo.Collective(1, q, q * 3 / 4),
+        "all-to-all": hlo.Collective(1, p / 2, p / 2 * 3 / 4),
+        "collective-permute": hlo.Collective(1, p, p),
     }
+
+
+def test_traffic_beside_products_is_what_stands_between_start_and_done():
+    """Or in one fusion with a product, twice of them in a loop. As long as the shorter of the two
+    takes; what has no product beside it, and what has no start, hides nothing."""
+    gather = "channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}"
+    product = "bf16[1000,1000]{{1,0}} dot(%w, %w), lhs_contracting_dims={{1}}"
+    lines = f"""HloModule by_hand, is_scheduled=true
+
+%both (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.1 = bf16[125,1000]{{1,0}} parameter(0)
+  %w = bf16[1000,1000]{{1,0}} all-gather(%p.1), {gather.format(1)}
+  ROOT %y.1 = {product.format()}
+}}
+
+%sends (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.2 = bf16[125,1000]{{1,0}} parameter(0)
+  ROOT %g.2 = bf16[1000,1000]{{1,0}} all-gather(%p.2), {gather.format(2)}
+}}
+
+%body (p: bf16[125,1000]) -> bf16[125,1000] {{
+  %p.3 = bf16[125,1000]{{1,0}} parameter(0)
+  %s.3 = ((bf16[125,1000]), bf16[1000,1000]) async-start(%p.3), calls=%sends
+  %y.3 = {product.format()}
+  %z.3 = {product.format()}
+  %d.3 = bf16[1000,1000]{{1,0}} async-done(%s.3), calls=%sends
+}}
+
+ENTRY %main (p: bf16[125,1000]) -> bf16[1000,1000] {{
+  %p.4 = bf16[125,1000]{{1,0}} parameter(0)
+  %s.4 = (bf16[125,1000], bf16[1000,1000]) all-gather-start(%p.4), {gather.format(3)}
+  %d.4 = bf16[1000,1000]{{1,0}} all-gather-done(%s.4)
+  %y.4 = {product.format()}
+  %g.4 = bf16[1000,1000]{{1,0}} all-gather(%p.4), {gather.format(4)}
+  %l.4 = bf16[125,1000]{{1,0}} while(%p.4), condition=%no, body=%body, TURNS
+  ROOT %f.4 = bf16[1000,1000]{{1,0}} fusion(%p.4), kind=kCustom, calls=%both
+}}
+"""
+    found = program(lines.replace("TURNS", 'backend_config={"known_trip_count":{"n":"2"}}'))
+    size, work = 2e6 * 7 / 8, 2e9  # of one gather, of one product
+    assert found.sent == (3 + 2) * size and found.flops == (1 + 2 * 2 + 1) * work
+    assert found.hidden(1e9, 1e3) == pytest.approx(2 * 4 + 2)  # the links take 1,750 s
+    assert found.hidden(1e9, size / 3) == pytest.approx(2 * 3 + 2)
+    assert found.hidden(1e3, size) == pytest.approx(2 * 1 + 1)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +573,7 @@ def test_a_compiled_function_is_read_as_what_it_does():
         return jax.lax.scan(layer, x, stack)[0]
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 96, 64), (5, 64, 64))]
-    found = compiling.Program(jax.jit(run).lower(*shapes).compile(), 1)
+    found = hlo.Program(jax.jit(run).lower(*shapes).compile(), 1)
     one = 3 * (2 * 96 * 64 * 64) + 2 * (2 * 96 * 96 * 64)
     assert found.flops == 5 * 2 * one
     assert found.counted_once < found.flops / 3 and not found.collectives
@@ -541,19 +584,21 @@ def test_a_compiled_function_is_read_as_what_it_does():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The tiny step on eight devices, compiled for each way to recompute, and what it was made of.
+    """The tiny step on eight devices, compiled for each way to recompute, and with frozen weights
+    whole on each; and what it was made of.
 
     Compile fast, run never: XLA makes the same program and spends less on machine code.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     small, sharding.SMALL = sharding.SMALL, SMALL
     jax.config.update("jax_disable_most_optimizations", True)
-    config, state, batch = abstract_step(BATCH, DEVICES)
-    step = functools.partial(
-        train.train_step.lower, *state, batch, np.int32(0), recipe=recipe.recipe_of(config)
-    )
-    mesh = sharding.make_mesh(BATCH)
-    yield state, {way: step(mesh=mesh, recompute=way).compile() for way in WAYS}
+    programs = {}
+    for name, way, fsdp in (("whole", "attention", 1), *((way, way, DEVICES) for way in WAYS)):
+        config, state, batch = abstract_step(BATCH, DEVICES, fsdp)
+        how = {"recipe": recipe.recipe_of(config), "mesh": sharding.make_mesh(BATCH, fsdp)}
+        step = train.train_step.lower(*state, batch, np.int32(0), **how, recompute=way)
+        programs[name] = step.compile()
+    yield state, programs
     jax.config.update("jax_disable_most_optimizations", before)
     sharding.SMALL = small
 
@@ -577,7 +622,7 @@ def bytes_gathered(diva, small: int, size: int, way: str) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_compiled_step_does_the_products_by_hand_and_no_other(compiled, way):
     """But for those at the ends of the convolutions, which meet nothing."""
-    found = compiling.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
+    found = hlo.Program(compiled[1][way], DEVICES).flops * DEVICES / BATCH
     by_hand = sum(cost.flops(ASR, LLM, QUERIES, TURN, TEXT).values())
     ends = 2 * ASR.d_model * (2 * ASR.num_mel_bins + ASR.d_model)
     expected = by_hand + computed_again(ASR, LLM, QUERIES, way) + mel_products(ASR) - ends
@@ -589,7 +634,7 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
     """What is gathered are the weights, as often as they are needed, and token ids; what goes from
     all to all are the rows of the token table; what is summed are gradients."""
     (params, _, frozen), programs = compiled
-    found = compiling.Program(programs[way], DEVICES).collectives
+    found = hlo.Program(programs[way], DEVICES).collectives
     ids = BATCH * (TEXT + TURN + TEXT) * 4
     expected = bytes_gathered(eqx.combine(params, frozen.diva), SMALL, 4, way) + ids
     assert found["all-gather"].bytes == expected  # no clip's frames for a Fourier transform, either
@@ -599,6 +644,20 @@ def test_in_the_compiled_step_weights_travel_and_clips_do_not(compiled, way):
     trained = 4 * (parameters(params) - unused)
     assert trained <= found["all-reduce"].bytes <= 1.01 * trained  # and a few numbers to be logged
     assert found.keys() == {"all-gather", "all-to-all", "all-reduce"}
+
+
+def test_frozen_weights_that_are_whole_on_each_device_do_not_travel(compiled):
+    """Only the trained ones do, and their gradients: no row of a table, no token id."""
+    (params, *_), programs = compiled
+    found = hlo.Program(programs["whole"], DEVICES)
+    gathered = bytes_gathered(params, SMALL, 4, "attention")
+    assert found.collectives["all-gather"].bytes == gathered
+    assert found.collectives.keys() == {"all-gather", "all-reduce"}
+    split = hlo.Program(programs["attention"], DEVICES)
+    summed = found.collectives["all-reduce"].travel
+    assert summed == split.collectives["all-reduce"].travel
+    assert found.sent == gathered * 7 / 8 + summed < 0.8 * split.sent
+    assert found.flops == split.flops
 
 
 # ------------------------------------------------------------------------------------ does it fit
@@ -618,7 +677,7 @@ def choose(monkeypatch, programs: dict, config: recipe.Config, room, state=((), 
 
     monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
     mesh = sharding.make_mesh(config.batch_size)
-    return train.compile_step(config, mesh, float(room), state, {})
+    return train.compile_step(config, [mesh], float(room), lambda _: (state, {}))[:2]
 
 
 def needing(**sizes: int) -> dict:
@@ -637,6 +696,43 @@ def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
         assert choose(monkeypatch, programs, auto, room) == (programs[way], way)
     layers = dataclasses.replace(auto, recompute="layers")
     assert choose(monkeypatch, programs, layers, math.inf) == (programs["layers"], "layers")
+
+
+@pytest.mark.parametrize(
+    ("room", "found", "compiled"),
+    [
+        (14, ("attention", 1), [("attention", 1)]),
+        (13, ("attention", 2), [("attention", 1), ("attention", 2)]),
+        # what attention takes beside the weights is known from the first: in 2 they would not fit
+        (9, ("attention", 4), [("attention", 1), ("attention", 4)]),
+        (6.5, ("layers", 2), [("attention", 2), ("layers", 2)]),
+        (1.5, None, [("attention", 8), ("layers", 8)]),
+        (0.5, None, [("layers", 8)]),  # not even the weights: compiled to say what it takes
+    ],
+)
+def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, compiled):
+    """Less work goes before less traffic, and nothing is compiled that is known not to fit: 8 GiB
+    of frozen weights, and beside them 6 GiB or 1, whatever the grid."""
+    gib, tried, wanted = 2**30, [], recipe.Config(batch_size=64)
+    frozen = [jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)]
+
+    def inputs(mesh):
+        return ((), (), sharding.place(frozen, mesh)), {}
+
+    def lower(*state, recompute, mesh, **_):
+        tried.append((recompute, mesh.shape["fsdp"]))
+        size = {"attention": 6, "layers": 1}[recompute] * gib + compiling.bytes_held(inputs(mesh))
+        return types.SimpleNamespace(compile=lambda: needing(it=size)["it"])
+
+    monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
+    given = wanted, sharding.grids(64), float(room * gib), inputs
+    if found is None:
+        with pytest.raises(ValueError, match=r"needs 2\.00 GiB .* recomputing layers"):
+            train.compile_step(*given)
+    else:
+        _, way, mesh = train.compile_step(*given)
+        assert (way, mesh.shape["fsdp"]) == found
+    assert tried == compiled
 
 
 def test_what_does_not_fit_is_a_message(monkeypatch):
@@ -664,15 +760,16 @@ def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
     the message names a part that does fit."""
     config, needed = recipe.Config(batch_size=BATCH, dtype="float32", queries=QUERIES), {}
     mesh = sharding.make_mesh(BATCH, devices=jax.devices()[:1])
-    state = train.abstract_inputs(config, ASR, LLM, mesh)[0]
+    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
     for size in (None, BATCH // 2, BATCH // 4):
         some = dataclasses.replace(config, micro_batch=size)
-        program, _ = train.compile_step(some, mesh, math.inf, state, batch_of(config, ASR, mesh))
+        inputs = state, batch_of(config, ASR, mesh)
+        program, *_ = train.compile_step(some, [mesh], math.inf, lambda _, inputs=inputs: inputs)
         needed[size] = compiling.bytes_needed(program.memory_analysis())
     assert needed[BATCH // 4] < needed[BATCH // 2] < needed[None]
     some = dataclasses.replace(config, recompute="attention")
     with pytest.raises(ValueError) as error:
-        train.compile_step(some, mesh, 0.9 * needed[None], state, batch_of(config, ASR, mesh))
+        train.compile_step(some, [mesh], 0.9 * needed[None], lambda _: inputs)
     size = int(re.search(r"--micro-batch (\d+)", str(error.value))[1])
     assert needed[size] <= 0.9 * needed[None]
 
@@ -763,6 +860,11 @@ def test_the_report_by_hand():
     assert rows["links"] == ["3.000"]  # 6 GB at 2 GB/s: the roof
     assert rows["at 100 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
     assert rows["at 40 % of peak"] == ["3.000", *"100 steps in 5 min, 5 clips/s".split()]
+    said = "3.500 0.000 s of links beside products".split()  # the gather waits, and is waited for
+    assert (
+        rows["no traffic beside products"] == said[:1]
+        and rows["traffic as it is scheduled"] == said
+    )
     fast = dataclasses.replace(chip, links=2e11)
     report = compiling.report(step, parts, 0.25e12, fast, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}

@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 import weights
 import whisper
-from runtime import compiling, sharding
+from runtime import hlo, sharding
 
 N, B, D, WIDE = 3, 16, 32, 64  # layers, clips, width, inner width
 BY_CLIP = P(sharding.AXES)
@@ -101,7 +101,8 @@ def equations(jaxpr):
 
 
 def test_sharding_rules(monkeypatch):
-    """Large arrays: split along the largest dividing axis, never along layers; small: copied."""
+    """Large arrays: split along the largest dividing axis, never along layers; small: copied. What
+    is frozen over fsdp, what is trained over all devices."""
     monkeypatch.setattr(sharding, "SMALL", 2**14)
     mesh = sharding.make_mesh(8, fsdp=4)
 
@@ -119,13 +120,22 @@ def test_sharding_rules(monkeypatch):
         return jax.ShapeDtypeStruct(s, jnp.float32)
 
     layers = Layers(shape(1024, 64, 512), shape(32, 513, 128), shape(4096, 128))
-    specs = jax.tree.map(
-        lambda s: s.spec, sharding.shardings(Model(layers, shape(1001, 400), shape()), mesh)
-    )
-    assert specs.layers.wide == P(None, None, "fsdp")
-    assert specs.layers.odd == P(None, None, "fsdp")
-    assert specs.layers.norm == specs.scale == P()
-    assert specs.table == P(None, "fsdp")
+    for over in (sharding.FROZEN, sharding.TRAINED):
+        where = sharding.shardings(Model(layers, shape(1001, 400), shape()), mesh, over)
+        specs = jax.tree.map(lambda s: s.spec, where)
+        assert specs.layers.wide == P(None, None, over)
+        assert specs.layers.odd == P(None, None, over)
+        assert specs.layers.norm == specs.scale == P()
+        assert specs.table == P(None, over)
+
+
+def test_grids_go_from_whole_to_split_over_all():
+    """Every divisor, unless one is asked for."""
+    found = [grid.devices.shape for grid in sharding.grids(16)]
+    assert found == [(8, 1), (4, 2), (2, 4), (1, 8)]
+    assert [grid.devices.shape for grid in sharding.grids(16, 4)] == [(2, 4)]
+    with pytest.raises(ValueError, match="--batch-size 12"):
+        sharding.grids(12)
 
 
 def test_an_array_is_split_along_its_largest_dividing_axis_or_not_at_all():
@@ -188,7 +198,7 @@ def test_gathered_is_whole_and_its_gradient_split(fsdp):
     """The value is the array itself, on every device; the gradient lies where the array does."""
     mesh = sharding.make_mesh(B, fsdp)
     x, weight = random(B, D), random(D, WIDE, seed=1)
-    spec = sharding.spec(weight.shape, fsdp)
+    spec = sharding.spec(weight.shape, 8, over=sharding.TRAINED)
     piece = jax.device_put(weight, NamedSharding(mesh, spec))
     clips = jax.device_put(x, NamedSharding(mesh, BY_CLIP))
     whole = inside(mesh, sharding.gathered)(piece)
@@ -217,7 +227,7 @@ def test_lookup_finds_the_rows_and_only_they_travel(fsdp):
     assert laid_out(found, mesh, BY_CLIP)
     np.testing.assert_array_equal(found, table[ids])
     np.testing.assert_array_equal(jax.jit(sharding.lookup)(table, ids), table[ids])
-    travelled = compiling.Program(look_up.lower(piece, clips).compile(), 8).collectives.values()
+    travelled = hlo.Program(look_up.lower(piece, clips).compile(), 8).collectives.values()
     rows = found.nbytes + ids.nbytes
     assert 0 < sum(c.bytes for c in travelled) <= rows < table.nbytes / 50
 
@@ -259,7 +269,7 @@ def plain_loop(lengths: tuple[int, ...]):
 
 @pytest.mark.parametrize("recompute", ["attention", "layers"])
 @pytest.mark.parametrize(
-    ("fsdp", "lengths"), [(None, (11,)), (8, (11,)), (None, (11, 5)), (8, (11, 5)), (4, (11, 5))]
+    ("fsdp", "lengths"), [(None, (11,)), (1, (11,)), (None, (11, 5)), (8, (11, 5)), (4, (11, 5))]
 )
 def test_run_layers_is_a_loop_over_layers(fsdp, recompute, lengths):
     """Values and gradients are those of a plain Python loop, for one array and for two side by
@@ -267,7 +277,7 @@ def test_run_layers_is_a_loop_over_layers(fsdp, recompute, lengths):
     (xs, body), model = clips(lengths), random_model()
     mesh = fsdp and sharding.make_mesh(B, fsdp)
     if mesh:
-        model = sharding.place(model, mesh)
+        model = sharding.place(model, mesh, sharding.TRAINED)
         xs = jax.device_put(xs, NamedSharding(mesh, BY_CLIP))
 
     def stack(model, xs):
@@ -276,8 +286,8 @@ def test_run_layers_is_a_loop_over_layers(fsdp, recompute, lengths):
     out, gradient = inside(mesh, with_gradient(stack))(model, xs)
     if mesh:
         assert all(laid_out(x, mesh, BY_CLIP) for x in jax.tree.leaves((out, gradient[1])))
-        assert laid_out(gradient[0].layers.up, mesh, P(None, "fsdp"))
-        assert laid_out(gradient[0].layers.down, mesh, P(None, None, "fsdp"))
+        assert laid_out(gradient[0].layers.up, mesh, P(None, sharding.AXES))
+        assert laid_out(gradient[0].layers.down, mesh, P(None, None, sharding.AXES))
     got = jax.tree_util.tree_leaves_with_path((out, gradient))
     for (path, a), b in zip(got, jax.tree.leaves(plain_loop(lengths)), strict=True):
         error, name = np.abs(a - b).max(), jax.tree_util.keystr(path)
@@ -344,20 +354,23 @@ def test_nothing_gathered_is_kept_for_the_backward_pass(recompute):
     assert Counter(x.shape for x in backward) == Counter([(N, WIDE, D), (N, D, WIDE), (N, D)])
 
 
-@pytest.mark.parametrize("fsdp", [8, 4])
+@pytest.mark.parametrize("fsdp", [8, 4, 1])
 @pytest.mark.parametrize("recompute", ["attention", "layers"])
 def test_only_weights_travel_and_twice(fsdp, recompute):
-    """In the compiled gradient: each layer's large arrays are gathered once forward, once backward;
-    no array of the size of anything computed from clips takes part in any collective, though all of
-    those are smaller than the weights, and XLA left to itself would send them."""
+    """In the compiled gradient: each trained layer's large arrays are gathered once forward, once
+    backward, and so are a frozen one's, unless they are whole; no array of the size of anything
+    computed from clips takes part in any collective, though all of those are smaller than the
+    weights, and XLA left to itself would send them."""
     mesh = sharding.make_mesh(B, fsdp)
 
-    def loss(model, x):
-        return sharding.run_layers(model.layers, x, Layer.__call__, recompute).sum()
+    def loss(trained, frozen, x):
+        x = sharding.run_layers(trained.layers, x, Layer.__call__, recompute)
+        return sharding.run_layers(frozen.layers, x, Layer.__call__, recompute).sum()
 
-    model = sharding.place(random_model(), mesh)
+    trained = sharding.place(random_model(), mesh, sharding.TRAINED)
+    frozen = sharding.place(random_model(), mesh)
     x = jax.device_put(random(B, 3, D), NamedSharding(mesh, BY_CLIP))
-    compiled = inside(mesh, jax.grad(loss)).lower(model, x).compile()
+    compiled = inside(mesh, jax.grad(loss)).lower(trained, frozen, x).compile()
     ops = re.findall(
         r"= (\S+|\([^=]*?\)) (all-[\w-]+|reduce-scatter|collective-[\w-]+)\(", compiled.as_text()
     )
@@ -366,11 +379,11 @@ def test_only_weights_travel_and_twice(fsdp, recompute):
         for shape, kind in ops
         for dims in re.findall(r"f32\[([\d,]*)\]", shape)
     )
-    assert {size for _, size in sizes} <= {D * WIDE, D * WIDE // fsdp, D}, sizes
-    gathers = compiling.Program(compiled, 8).collectives["all-gather"]
-    stacks = model.layers.up.nbytes + model.layers.down.nbytes
-    assert (gathers.count, gathers.bytes) == (2 * 2 * N, 2 * stacks)
-    assert gathers.travel == 2 * stacks * (fsdp - 1) / fsdp
+    assert {size for _, size in sizes} <= {D * WIDE, D * WIDE // 8, D}, sizes
+    gathers = hlo.Program(compiled, 8).collectives["all-gather"]
+    stacks, kinds = trained.layers.up.nbytes + trained.layers.down.nbytes, 1 + (fsdp > 1)
+    assert (gathers.count, gathers.bytes) == (kinds * 2 * 2 * N, kinds * 2 * stacks)
+    assert gathers.travel == 2 * stacks * (7 / 8 + (fsdp - 1) / fsdp)
 
 
 def test_large_arrays_travel_in_the_dtype_of_the_clips():
