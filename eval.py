@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 import weights
-from evaluation import metrics, published, report, significance, suites, systems
+from evaluation import metrics, published, report, significance, suites, systems, voicebench
 from evaluation.predictions import Predictions, fingerprint, read_predictions
 from evaluation.systems import SYSTEMS
 from evaluation.tasks import Item, Task, read_tasks
@@ -52,7 +52,7 @@ def score_task(
     groups = sorted({example.group for example in examples} - {""})
     for name in task.metrics:
         metric = metrics.METRICS[name]
-        if name == "pedant" and metrics.judge() is None:
+        if not metrics.can_count(name, examples, answers):
             continue
         columns = np.array(
             [
@@ -78,8 +78,8 @@ def score_task(
     if not found["metrics"]:
         raise ValueError(
             f"{items[0].task}: none of {', '.join(task.metrics)} can be computed of these clips; "
-            "expected at least one metric that applies (pedant needs its package). The answers are "
-            "kept: correct tasks.json and start again."
+            "expected at least one metric that applies (pedant needs its package, judged a judge). "
+            "The answers are kept: correct tasks.json and start again."
         )
     for entry in found["metrics"].get("accuracy", {}).values() if task.labels else ():
         right = round(entry["score"] * len(items) / 100)
@@ -179,21 +179,33 @@ def evaluate(
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
     found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
     found |= {"systems": list(answers), "errors": kept.errors(items)}
-    found["tasks"], scores = {}, collections.defaultdict(dict)
-    for name, task in settings.items():
-        rows = [i for i, item in enumerate(items) if item.task == name]
-        said = {system: [texts[i] for i in rows] for system, texts in answers.items()}
-        found["tasks"][name], single = score_task(task, [items[i] for i in rows], said)
-        for metric, values in single.items():
-            for i, row in zip(rows, values, strict=True):
-                for system, value in zip(answers, row, strict=True):
-                    scores[system, i][metric] = float(value)
+    found["tasks"], scores = score(settings, items, answers, folder)
+    if board := voicebench.board(found["tasks"]):
+        found["voicebench"] = board
     kept.finish(items, scores)
     found["seconds"] = round(time.monotonic() - start, 1)
     heard = [kept.get("diva", item) for item in items]
     report.write(folder, found, items, answers, scores, heard)
     print(report.table(found))
     return found
+
+
+def score(
+    settings: dict[str, Task], items: list[Item], answers: dict[str, list], folder: Path
+) -> tuple[dict[str, dict], dict[tuple[str, int], dict[str, float]]]:
+    """{task: what eval.json says of it}, and {(system, item): {metric: score of its answer}}."""
+    found, scores = {}, collections.defaultdict(dict)
+    for name, task in settings.items():
+        rows = [i for i, item in enumerate(items) if item.task == name]
+        said = {system: [texts[i] for i in rows] for system, texts in answers.items()}
+        if task.suite in voicebench.SUITES:
+            voicebench.exchange(folder, name, [items[i].example for i in rows], said)
+        found[name], single = score_task(task, [items[i] for i in rows], said)
+        for metric, values in single.items():
+            for i, row in zip(rows, values, strict=True):
+                for system, value in zip(answers, row, strict=True):
+                    scores[system, i][metric] = float(value)
+    return found, scores
 
 
 def some(examples: list[suites.Example], limit: int) -> list[suites.Example]:
