@@ -30,6 +30,7 @@ import tyro
 
 import weights
 from evaluation import metrics, published, report, significance, suites, systems, voicebench
+from evaluation.degrade import conditions
 from evaluation.predictions import Predictions, fingerprint, read_predictions
 from evaluation.systems import SYSTEMS
 from evaluation.tasks import Item, Task, read_tasks
@@ -151,6 +152,7 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 64,
     predictions: Sequence[str] = (),
+    degrade: Sequence[str] = (),
     out: str | Path | None = None,
 ) -> dict:
     """Score all systems on all tasks: prints the table, writes what report.py says, and returns
@@ -167,7 +169,7 @@ def evaluate(
     items = [
         Item(name, task.ask(example), example)
         for name, task in settings.items()
-        for example in some(task.examples, limit)
+        for example in conditions(some(task.examples, limit), task.examples, degrade)
     ]
     others, home = read_others(predictions, items), weights.resolve(model)
     folder = results_in(model, home, out)
@@ -178,6 +180,7 @@ def evaluate(
         return {}
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
     found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
+    found |= {"degrade": list(degrade)} if degrade else {}
     found |= {"systems": list(answers), "errors": kept.errors(items)}
     found["tasks"], scores = score(settings, items, answers, folder)
     if board := voicebench.board(found["tasks"]):
@@ -267,6 +270,7 @@ def main(
     limit: int = 0,
     batch_size: int = 64,
     predictions: tuple[str, ...] = (),
+    degrade: tuple[str, ...] = (),
     out: str | None = None,
 ) -> None:
     """Score a trained DiVA beside the untrained one, the cascade and the text upper bound.
@@ -278,11 +282,12 @@ def main(
         limit: at most so many clips of each task, at random, of each group its share (0: all).
         batch_size: clips at a time.
         predictions: answers of other systems to the same clips, NAME=FILE.jsonl.
+        degrade: ask each clip also with noise and the like, such as babble:10 white:0 reverb.
         out: where eval.json, predictions.jsonl, report.html and the rest go (default: the folder
             of a run; of any other model runs/NAME).
     """
     sharding.join_cluster()
-    evaluate(model, tasks, split, limit, batch_size, predictions, out)
+    evaluate(model, tasks, split, limit, batch_size, predictions, degrade, out)
 
 
 if __name__ == "__main__":
