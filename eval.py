@@ -29,7 +29,8 @@ import numpy as np
 import tyro
 
 import weights
-from evaluation import metrics, published, report, significance, suites, systems
+from evaluation import metrics, published, report, significance, suites, systems, voicebench
+from evaluation.degrade import conditions
 from evaluation.predictions import Predictions, fingerprint, read_predictions
 from evaluation.systems import SYSTEMS
 from evaluation.tasks import Item, Task, read_tasks
@@ -52,7 +53,7 @@ def score_task(
     groups = sorted({example.group for example in examples} - {""})
     for name in task.metrics:
         metric = metrics.METRICS[name]
-        if name == "pedant" and metrics.judge() is None:
+        if not metrics.can_count(name, examples, answers):
             continue
         columns = np.array(
             [
@@ -78,8 +79,8 @@ def score_task(
     if not found["metrics"]:
         raise ValueError(
             f"{items[0].task}: none of {', '.join(task.metrics)} can be computed of these clips; "
-            "expected at least one metric that applies (pedant needs its package). The answers are "
-            "kept: correct tasks.json and start again."
+            "expected at least one metric that applies (pedant needs its package, judged a judge). "
+            "The answers are kept: correct tasks.json and start again."
         )
     for entry in found["metrics"].get("accuracy", {}).values() if task.labels else ():
         right = round(entry["score"] * len(items) / 100)
@@ -151,6 +152,7 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 64,
     predictions: Sequence[str] = (),
+    degrade: Sequence[str] = (),
     out: str | Path | None = None,
 ) -> dict:
     """Score all systems on all tasks: prints the table, writes what report.py says, and returns
@@ -167,7 +169,7 @@ def evaluate(
     items = [
         Item(name, task.ask(example), example)
         for name, task in settings.items()
-        for example in some(task.examples, limit)
+        for example in conditions(some(task.examples, limit), task.examples, degrade)
     ]
     others, home = read_others(predictions, items), weights.resolve(model)
     folder = results_in(model, home, out)
@@ -178,22 +180,35 @@ def evaluate(
         return {}
     answers = {s: [kept.get(s, item)["answer"] for item in items] for s in SYSTEMS} | others
     found: dict[str, Any] = {"model": str(model), "split": split, "limit": limit}
+    found |= {"degrade": list(degrade)} if degrade else {}
     found |= {"systems": list(answers), "errors": kept.errors(items)}
-    found["tasks"], scores = {}, collections.defaultdict(dict)
-    for name, task in settings.items():
-        rows = [i for i, item in enumerate(items) if item.task == name]
-        said = {system: [texts[i] for i in rows] for system, texts in answers.items()}
-        found["tasks"][name], single = score_task(task, [items[i] for i in rows], said)
-        for metric, values in single.items():
-            for i, row in zip(rows, values, strict=True):
-                for system, value in zip(answers, row, strict=True):
-                    scores[system, i][metric] = float(value)
+    found["tasks"], scores = score(settings, items, answers, folder)
+    if board := voicebench.board(found["tasks"]):
+        found["voicebench"] = board
     kept.finish(items, scores)
     found["seconds"] = round(time.monotonic() - start, 1)
     heard = [kept.get("diva", item) for item in items]
     report.write(folder, found, items, answers, scores, heard)
     print(report.table(found))
     return found
+
+
+def score(
+    settings: dict[str, Task], items: list[Item], answers: dict[str, list], folder: Path
+) -> tuple[dict[str, dict], dict[tuple[str, int], dict[str, float]]]:
+    """{task: what eval.json says of it}, and {(system, item): {metric: score of its answer}}."""
+    found, scores = {}, collections.defaultdict(dict)
+    for name, task in settings.items():
+        rows = [i for i, item in enumerate(items) if item.task == name]
+        said = {system: [texts[i] for i in rows] for system, texts in answers.items()}
+        if task.suite in voicebench.SUITES:
+            voicebench.exchange(folder, name, [items[i].example for i in rows], said)
+        found[name], single = score_task(task, [items[i] for i in rows], said)
+        for metric, values in single.items():
+            for i, row in zip(rows, values, strict=True):
+                for system, value in zip(answers, row, strict=True):
+                    scores[system, i][metric] = float(value)
+    return found, scores
 
 
 def some(examples: list[suites.Example], limit: int) -> list[suites.Example]:
@@ -255,6 +270,7 @@ def main(
     limit: int = 0,
     batch_size: int = 64,
     predictions: tuple[str, ...] = (),
+    degrade: tuple[str, ...] = (),
     out: str | None = None,
 ) -> None:
     """Score a trained DiVA beside the untrained one, the cascade and the text upper bound.
@@ -266,11 +282,12 @@ def main(
         limit: at most so many clips of each task, at random, of each group its share (0: all).
         batch_size: clips at a time.
         predictions: answers of other systems to the same clips, NAME=FILE.jsonl.
+        degrade: ask each clip also with noise and the like, such as babble:10 white:0 reverb.
         out: where eval.json, predictions.jsonl, report.html and the rest go (default: the folder
             of a run; of any other model runs/NAME).
     """
     sharding.join_cluster()
-    evaluate(model, tasks, split, limit, batch_size, predictions, out)
+    evaluate(model, tasks, split, limit, batch_size, predictions, degrade, out)
 
 
 if __name__ == "__main__":

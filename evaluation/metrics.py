@@ -9,7 +9,7 @@ bootstrap or a permutation of any of them is one matrix product (significance.py
 Axes: N clips, Y systems, C numbers of a metric, K labels, R resamples.
 Source: SQuAD's evaluation script (normalisation, F1), Papineni et al. 2002 (BLEU), Popovic 2015
 (chrF), with sacrebleu's settings; Li et al. 2024 (PANDA, later PEDANTS).
-Reads: suites.py.   Read next: significance.py.
+Reads: suites.py, voicebench.py.   Read next: significance.py.
 """
 
 import collections
@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float
 from sacrebleu.metrics import BLEU, CHRF
 
+from evaluation import voicebench
 from evaluation.suites import Example
 
 NO_LABELS = ("other", "no answer")  # what histograms call answers that are none of the labels
@@ -144,6 +145,13 @@ def pedant(answer: str | None, example: Example, labels: Sequence[str] = ()) -> 
         return 0.0, 1.0
     scores = judge()[0].get_scores(list(example.answers), answer, example.text)
     return max(float(score) for each in scores.values() for score in each.values()), 1.0
+
+
+def pedant_right(answer: str | None, example: Example, labels: Sequence[str] = ()) -> tuple:
+    """Does the classifier take it for right? As VoiceBench asks it: all in lower case."""
+    wanted = [reference.lower() for reference in example.answers]
+    right = answer and judge()[0].evaluate(wanted, answer.lower(), example.text.lower())
+    return float(bool(right)), 1.0
 
 
 @functools.cache
@@ -291,12 +299,30 @@ METRICS = {
     "accuracy": Metric(right_label, percent),
     "weighted_f1": Metric(label_counts, weighted_f1),
     "wer": Metric(word_errors, percent, lower_is_better=True),
+    # VoiceBench's
+    "pedant_right": Metric(pedant_right, percent),
+    "choice": Metric(voicebench.choice, percent),
+    "truth": Metric(voicebench.truth, percent),
+    "refusal": Metric(voicebench.refusal, percent),
+    "ifeval": Metric(voicebench.instructions, voicebench.obeyed),
+    "judged": Metric(voicebench.judged, percent),
 }
+
+
+def can_count(name: str, examples: Sequence[Example], answers: dict[str, list]) -> bool:
+    """Is all there that a metric needs: a package, or a judge's word on every answer?"""
+    if name == "pedant":
+        return judge() is not None
+    if name == "pedant_right":  # of which the older classifier says nothing
+        return judge() is not None and hasattr(judge()[0], "evaluate")
+    if name == "ifeval":
+        return voicebench.checker() is not None
+    return name != "judged" or voicebench.all_judged(examples, answers)
 
 
 def signature(name: str, language: str, references: int = 1) -> str:
     """What must be said beside a score so that it can be compared with others; often nothing."""
-    if name == "pedant":
+    if name in ("pedant", "pedant_right"):
         return judge()[1]
     if name not in ("bleu", "chrf"):
         return ""

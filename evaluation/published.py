@@ -1,4 +1,4 @@
-"""Published: the paper's figures, and those of the systems that it compares with.
+"""Published: the paper's figures, those of the systems that it compares with, and VoiceBench's.
 
 Reads: nothing of ours.   Read next: metrics.py.
 """
@@ -38,3 +38,15 @@ heysquad prompt_ignoring 30.0 4.0 8.0 0.0
     _suite, _metric, *_group, _a, _b, _c, _d = _line.split()
     _scores = dict(zip(PUBLISHED_SYSTEMS, map(float, (_a, _b, _c, _d)), strict=True))
     PUBLISHED.setdefault(_suite, {}).setdefault("".join(_group), {})[_metric] = _scores
+
+# The leaderboard in the README of MatthewCYM/VoiceBench, commit 5338154 of 12 June 2025, read on
+# 26 November 2026. Its scores of 1 to 5 (the first three) are times 20 here, as in its mean. DiVA
+# there has Llama 3, the others Llama 3.1; what was longer than 30 s was cut for it.
+VOICEBENCH = {}  # {system: {subset: score}}
+_subsets = "alpacaeval_full commoneval wildvoice sd-qa mmsu openbookqa bbh ifeval advbench overall"
+for _name, _line in {
+    "DiVA, published": "73.4 70.8 74.8 57.05 25.76 25.49 51.80 39.15 98.27 57.39",
+    "Ultravox 0.5, 8B": "91.8 82.2 85.6 58.68 54.16 68.35 67.80 66.51 98.65 74.86",
+    "Whisper, Llama 3.1": "90.6 80.8 83.2 70.43 62.43 72.53 69.70 69.53 98.08 77.48",
+}.items():
+    VOICEBENCH[_name] = dict(zip(_subsets.split(), map(float, _line.split()), strict=True))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import voicebench
 from evaluation.metrics import METRICS, NO_LABELS
 from evaluation.published import PUBLISHED_SYSTEMS
 from evaluation.significance import ALPHA, sample
@@ -76,8 +77,9 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines = [*_histograms(found), *_chances(found), *_signatures(found), *_errors(found)]
     lines += _widths(found) if found["limit"] else []
+    board = voicebench.table(found.get("voicebench", {}))
     lines = [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ")]
-    return "\n".join(["\n\n".join(blocks), *notes, *lines, *_published(found)]).rstrip()
+    return "\n".join(["\n\n".join(blocks), *notes, *lines, *_published(found), *board]).rstrip()
 
 
 def _rows(found: dict[str, Any], names: list[str]) -> list[str]:

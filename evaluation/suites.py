@@ -388,6 +388,7 @@ class Suite:
     prompt: str | None  # the system turn
     metrics: tuple[str, ...]  # of metrics.py; the first one is the headline
     labels: tuple[str, ...] = ()  # choose the likeliest of these instead of generating
+    max_new_tokens: int = 64  # as in the paper
 
 
 QA = "You are a helpful assistant. Give your answers as a simple single sentence."

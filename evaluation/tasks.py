@@ -1,18 +1,20 @@
 """Tasks: what is asked about which clips, and what counts. From tasks.json, or SUITE=PATH.
 
-Reads: suites.py, systems.py, metrics.py.   Read next: predictions.py.
+Reads: suites.py, voicebench.py, systems.py, metrics.py.   Read next: predictions.py.
 """
 
+import collections
 import dataclasses
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation import metrics, suites, systems
+from evaluation import metrics, suites, systems, voicebench
 from evaluation.systems import Ask
 from runtime import files
 
+SUITES = collections.ChainMap(voicebench.SUITES, suites.SUITES)  # which names the latter first
 PATHS = {"audio", "common_voice", "unpack"}  # those of the readers' options that are paths
 
 
@@ -20,7 +22,7 @@ PATHS = {"audio", "common_voice", "unpack"}  # those of the readers' options tha
 class Task:
     """Clips with references, what is asked about them, and what counts."""
 
-    suite: str  # of suites.SUITES
+    suite: str  # of SUITES
     examples: list[suites.Example]
     prompt: str | None  # {language} in it is the language of the answer
     metrics: tuple[str, ...]  # of metrics.METRICS; the first one is the headline
@@ -56,15 +58,16 @@ def read_tasks(sources: Sequence[str | Path], split: str | None = None) -> dict[
     tasks: dict[str, Task] = {}
     for source in map(str, sources):
         name, equals, path = source.partition("=")
-        if equals and name in suites.SUITES:
-            entries, where, folder = {name: {"path": path}}, f"--tasks {source}", Path()
+        if equals and name in (*SUITES, "voicebench"):
+            names = map(voicebench.task_of, voicebench.BOARD) if name == "voicebench" else [name]
+            entries = {name: {"path": path} for name in names}
+            where, folder = f"--tasks {source}", Path()
         else:
             file = Path(source) / "tasks.json" if Path(source).is_dir() else Path(source)
             if not file.is_file():
                 raise FileNotFoundError(
                     f"{source}: no such tasks; expected a tasks.json, a folder with one like "
-                    f"toy/tasks, or SUITE=PATH with one of {', '.join(suites.SUITES)}. Check "
-                    "--tasks."
+                    f"toy/tasks, or SUITE=PATH with voicebench, {', '.join(SUITES)}. Check --tasks."
                 )
             entries, where, folder = files.read_json(file), str(file), file.parent
             if not entries:
@@ -82,14 +85,15 @@ def _read_task(name: str, entry: Any, where: str, folder: Path, split: str | Non
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise ValueError(f'{where}: {entry!r}; expected an object with "path", where clips are.')
     suite_name = entry.get("suite", name)
-    if not isinstance(suite_name, str) or suite_name not in suites.SUITES:
+    if not isinstance(suite_name, str) or suite_name not in SUITES:
         raise ValueError(
-            f"{where}: unknown suite {suite_name!r}; expected one of {', '.join(suites.SUITES)} "
+            f"{where}: unknown suite {suite_name!r}; expected one of {', '.join(SUITES)} "
             '(for a JSONL file of your own: "suite": "manifest").'
         )
-    suite = suites.SUITES[suite_name]
+    suite = SUITES[suite_name]
     known = {"path": "", "suite": "", "prompt": suite.prompt, "metrics": [*suite.metrics]}
-    known |= {"labels": [*suite.labels], "label_score": "first_token", "max_new_tokens": 64}
+    known |= {"labels": [*suite.labels], "label_score": "first_token"}
+    known |= {"max_new_tokens": suite.max_new_tokens}
     settings = known | {key: value for key, value in entry.items() if key in known}
     options = {key: value for key, value in entry.items() if key not in known}
     takes = list(inspect.signature(suite.read).parameters)[1:]

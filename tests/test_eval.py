@@ -1025,17 +1025,18 @@ def test_results_stay_with_a_run_and_never_beside_other_weights(tmp_path):
 def test_every_option_of_the_command_is_one_of_evaluate(monkeypatch):
     calls = []
 
-    def evaluate(model, tasks, split, limit, batch_size, predictions, out):
-        calls.append((model, tasks, split, limit, batch_size, predictions, out))
+    def evaluate(model, tasks, split, limit, batch_size, predictions, degrade, out):
+        calls.append((model, tasks, split, limit, batch_size, predictions, degrade, out))
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     flags = (
-        "--model a --tasks b meld=c --split d --limit 5 --batch-size 6 --predictions e=f --out g"
+        "--model a --tasks b meld=c --split d --limit 5 --batch-size 6 --predictions e=f "
+        "--degrade white:5 reverb --out g"
     )
     tyro.cli(evaluation.main, args=flags.split())
     tyro.cli(evaluation.main, args=[])
-    assert calls[0] == ("a", ("b", "meld=c"), "d", 5, 6, ("e=f",), "g")
-    assert calls[1] == ("toy/diva", ("toy/tasks",), None, 0, 64, (), None)
+    assert calls[0] == ("a", ("b", "meld=c"), "d", 5, 6, ("e=f",), ("white:5", "reverb"), "g")
+    assert calls[1] == ("toy/diva", ("toy/tasks",), None, 0, 64, (), (), None)
 
 
 def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
@@ -1057,6 +1058,29 @@ def test_the_limit_draws_from_each_task_and_is_told(tmp_path, made_up):
 def test_batches_of_nothing_and_limits_below_it_are_refused(tmp_path, made_up, options):
     with pytest.raises(ValueError, match=r"--batch-size .* --limit .*expected"):
         made_up({"qa": manifest(tmp_path, 2)}, **options)
+
+
+def test_each_clip_is_asked_as_it_is_and_under_each_condition(tmp_path, made_up, monkeypatch):
+    """The conditions are the groups, beside each other; other files are heard, under other ids."""
+    monkeypatch.chdir(tmp_path)
+    for n in range(6):
+        soundfile.write(tmp_path / f"{n}.wav", np.sin(np.arange(1600) * (n + 1) / 9), 16_000)
+    tasks, heard = {"qa": manifest(tmp_path, 6)}, []
+
+    def say(system, question):
+        heard.append((system, question.audio))
+        return "red" if question.audio.startswith(str(tmp_path)) else "blue"
+
+    run = made_up(tasks, say, degrade=("white:5", "babble:10"), limit=4)
+    groups = run.found["tasks"]["qa"]["groups"]
+    scores = {name: part["f1"]["diva"]["score"] for name, part in groups.items()}
+    assert scores == {"as it is": 100, "babble  10 dB": 0, "white   5 dB": 0}
+    assert run.found["degrade"] == ["white:5", "babble:10"]
+    assert len({clip for _, clip in heard}) == 12 and len(heard) == 4 * 12
+    ids = [line["id"] for line in read_lines(run.folder / "predictions.jsonl")]
+    assert len({*ids}) == 12 and sum(name.endswith(" babble:10") for name in ids) == 4 * 4
+    again = made_up(tasks, say, degrade=("white:5", "babble:10"), limit=4)
+    assert not again.told, "the same noise, so nothing is asked anew"
 
 
 def test_only_what_changed_is_asked_again(tmp_path, made_up):

@@ -62,8 +62,9 @@ READING = [
     *"weights whisper llama generate connector distill_loss data".split(),
     *"runtime.recipe runtime.cost runtime.hlo runtime.compiling runtime.record".split(),
     *"runtime.watching runtime.answers runtime.keeping runtime.claiming train".split(),
-    *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),
-    *"evaluation.systems evaluation.tasks evaluation.predictions evaluation.significance".split(),
+    *"evaluation.unpack evaluation.suites evaluation.published evaluation.voicebench".split(),
+    *"evaluation.metrics evaluation.systems evaluation.degrade evaluation.tasks".split(),
+    *"evaluation.predictions evaluation.significance".split(),
     *"evaluation.report eval demo".split(),
 ]
 
