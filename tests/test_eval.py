@@ -205,7 +205,7 @@ def without(key: str) -> dict:
         (None, "None; expected an object with"),
         (without("path"), "expected an object with \"path\""),
         (OWN | {"path": 3}, "'path': 3.*expected an object with"),
-        (without("suite"), "unknown suite 'qa'; expected one of heysquad, .* manifest .*JSONL"),
+        (without("suite"), "unknown suite 'qa'; expected one of heysquad, .* manifest, .*JSONL"),
         (OWN | {"suite": "manifst"}, "unknown suite 'manifst'; expected"),
         (OWN | {"suite": None}, "unknown suite None; expected"),
         (OWN | {"suite": ["manifest"]}, "unknown suite .*manifest.*; expected"),
