@@ -533,7 +533,7 @@ def make_whisper(clips: list[tuple[str, bytes]], steps: int = 8000, batch_size: 
 def make_diva() -> None:
     """Write toy/diva: the student of the default run, in half precision, and how it scores."""
     folder, run = TOY / "diva", TOY.parent / "runs" / "toy"
-    shipped = ["--model", str(folder), "--out", str(run / "shipped")]
+    shipped = ["--model", "toy/diva", "--out", str(run / "shipped")]
     subprocess.run([sys.executable, "train.py", "--out", str(run)], cwd=TOY.parent, check=True)
     diva = connector.DiVA.load(run)
     as_published(diva).save(folder, str(TOY / "whisper"), str(TOY / "llama"))
