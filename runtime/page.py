@@ -10,6 +10,7 @@ Reads: evaluation/tasks.py.   Read next: demo.py.
 """
 
 import dataclasses
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from evaluation import tasks
 
 OFFERED = Path(__file__).parents[1] / "toy/tasks"  # clips for who has no microphone, and prompts
 FAULTS = ValueError, OSError, jax.errors.JaxRuntimeError  # a bad clip; no file; no memory
+TABS = 64  # of which the conversation is kept
 PRIVATE = {"api_visibility": "private"}
 NAMES = "DiVA", "Cascade: Whisper, then the same LLM"
 
@@ -56,33 +58,47 @@ def offers(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """Who answers, and how."""
+    """Who answers, and how; and by a secret of each tab what was said there, since a browser that
+    finds its way back to the server loads the page anew."""
 
     assistant: Any
     sampling: Any
     long: bool
+    kept: dict[str, tuple[Side, Side]] = dataclasses.field(default_factory=dict)
+
+    def resume(self, token: str = "") -> tuple:
+        """The page of a tab that has been here, or of a new one."""
+        if token not in self.kept:
+            token = secrets.token_urlsafe()
+            self.kept[token] = Side(), Side()
+            for old in [*self.kept][:-TABS]:
+                del self.kept[old]
+        return token, *shown(self.kept[token])
 
     def respond(
-        self, clip: str | None, instruction: str, both: bool, sides: tuple[Side, Side]
+        self, clip: str | None, instruction: str, both: bool, token: str
     ) -> Iterator[tuple]:
         """Both conversations, again and again while the answers to a clip grow; if one cannot be
         given, as they were before it."""
         if clip is None:
             return
+        token, *_ = self.resume(token)
         told = instruction.strip() or None
-        try:
-            for at in range(1 + both):
-                kept = sides
-                how = {"long": self.long, "live": True, "cascade": at == 1}
-                before = kept[at].turns
-                for reply in self.assistant.answer(clip, before, told, self.sampling, **how):
-                    side = kept[at].grown(clip, reply)
-                    sides = (side, kept[1]) if at == 0 else (kept[0], side)
-                    yield shown(sides)
-        except FAULTS as error:
-            # the file's place on this machine is nobody's business
-            gr.Warning(str(error).replace(clip, Path(clip).name), title="Not answered")
-            yield shown(kept)
+        for at in range(1 + both):
+            before = self.kept[token]
+            how = {"long": self.long, "live": True, "cascade": at == 1}
+            turns = before[at].turns
+            try:
+                for reply in self.assistant.answer(clip, turns, told, self.sampling, **how):
+                    side = before[at].grown(clip, reply)
+                    self.kept[token] = (side, before[1]) if at == 0 else (before[0], side)
+                    yield token, *shown(self.kept[token])
+            except FAULTS as error:
+                # the file's place on this machine is nobody's business
+                gr.Warning(str(error).replace(clip, Path(clip).name), title="Not answered")
+                self.kept[token] = before
+                yield token, *shown(before)
+                return
 
     def compare(self, both: bool) -> Iterator[dict]:
         """The cascade's column; its Whisper is read now, so that answers are timed without."""
@@ -98,12 +114,12 @@ class Page:
         prompts, clips = offers(OFFERED)
         with gr.Blocks(title="DiVA", analytics_enabled=False) as page:
             gr.Markdown(f"# DiVA\n{notice}")
-            sides = gr.State((Side(), Side()))
+            token = gr.Textbox(visible=False)
             with gr.Row():
                 columns, chats = zip(*map(conversation, NAMES), strict=True)
             clip, given, offered, again = controls(prompts, clips)
-            given = [*given, sides]
-            outputs = [sides, *(part for chat in chats for part in chat), clip]
+            given = [*given, token]
+            outputs = [token, *(part for chat in chats for part in chat), clip]
 
             def press(event: gr.EventData, *rest):
                 yield from self.respond(clips[event.target.value], *rest)
@@ -117,7 +133,11 @@ class Page:
             ]
             given[1].change(self.compare, given[1], columns[1], **device)
             ends = [again.click, *(chat.clear for chat, _ in chats)]
-            gr.on(ends, lambda: shown(sides.value), None, outputs, cancels=answering, **PRIVATE)
+            for event in (
+                gr.on(ends, self.resume, None, outputs, cancels=answering, **PRIVATE),
+                page.load(self.resume, token, outputs, js="() => sessionStorage.diva", **PRIVATE),
+            ):
+                event.then(None, token, js="token => { sessionStorage.diva = token }")
         # one answer at a time on the device; who finds sixteen waiting is told to come back
         return page.queue(max_size=16, default_concurrency_limit=1)
 
@@ -145,8 +165,8 @@ def conversation(name: str) -> tuple[gr.Column, tuple[gr.Chatbot, gr.Markdown]]:
 
 
 def shown(sides: tuple[Side, Side]) -> tuple:
-    """What becomes of the page: its state, each conversation, and an empty recorder."""
-    return sides, *(part for side in sides for part in ([*side.messages], side.times)), None
+    """What is seen of the page: each conversation and its times, and an empty recorder."""
+    return *(part for side in sides for part in ([*side.messages], side.times)), None
 
 
 # Browsers treat a microphone as a telephone and distort it; a recogniser wants it as it is.
