@@ -6,7 +6,7 @@ and on request beside it what a cascade makes of the same clip: Whisper, then th
 Nothing is fetched from elsewhere, and no file of this machine can be read through it but uploads
 and the clips that it offers. What goes wrong is said, and takes nothing away that was there.
 
-Reads: evaluation/tasks.py.   Read next: demo.py.
+Reads: evaluation/tasks.py, completions.py.   Read next: demo.py.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import gradio as gr
 import jax
 
 from evaluation import tasks
+from runtime import completions
 
 OFFERED = Path(__file__).parents[1] / "toy/tasks"  # clips for who has no microphone, and prompts
 FAULTS = ValueError, OSError, jax.errors.JaxRuntimeError  # a bad clip; no file; no memory
@@ -186,15 +187,16 @@ STYLE = """
 
 
 def serve(assistant: Any, sampling: Any, long: bool, notice: str, host: str, port: int) -> None:
-    """Open the page, until Ctrl-C."""
+    """Open the page, and beside it what OpenAI's clients ask, until Ctrl-C."""
     Page(assistant, sampling, long).blocks(notice).launch(
         server_name=host,
         server_port=port,
         share=False,
-        max_file_size="20mb",
+        max_file_size=completions.LARGEST,
         allowed_paths=[str(OFFERED.parent / "common_voice")],
         footer_links=[],
         head=AS_IT_IS,
         css=STYLE,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        app_kwargs={"routes": [completions.route(assistant, sampling, long)]},
     )

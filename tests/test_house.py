@@ -64,7 +64,7 @@ READING = [
     *"runtime.watching runtime.answers runtime.keeping train".split(),
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.metrics".split(),
     *"evaluation.systems evaluation.tasks evaluation.predictions evaluation.significance".split(),
-    *"evaluation.report eval runtime.page demo".split(),
+    *"evaluation.report eval runtime.completions runtime.page demo".split(),
 ]
 
 

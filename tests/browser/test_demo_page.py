@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import openai
 import pytest
 import soundfile
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -457,6 +458,14 @@ def test_a_file_that_is_too_large_is_refused(address):
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(address + "gradio_api/upload", body, kind)
     assert status(request) == 413
+
+
+def test_the_same_server_answers_clients_of_openai(address):
+    """More of them: test_completions.py."""
+    client = openai.OpenAI(base_url=f"{address}v1", api_key="none")
+    said = [{"role": "user", "content": "what is two plus five"}]
+    reply = client.chat.completions.create(model="diva", messages=said)
+    assert "seven" in reply.choices[0].message.content
 
 
 def test_only_this_machine_is_served(address):
