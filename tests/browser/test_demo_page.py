@@ -229,6 +229,10 @@ def test_on_request_the_cascade_answers_beside(page):
     [(written, other)] = answers(page, 1, side=1)
     assert written == QUESTION["text"] != heard
     assert QUESTION["answer"] in answer and QUESTION["answer"] in other
+    page.get_by_role("button", name="(Joy)").click()
+    assert len(answers(page, 2)) == len(answers(page, 2, side=1))
+    if file := os.environ.get("DIVA_PAGE"):  # toy/page.png was made so
+        page.screenshot(path=file, full_page=True)
     page.get_by_label("Beside it").uncheck()
     expect(page.get_by_role("log")).to_have_count(1)
 
