@@ -11,7 +11,8 @@ Nothing is transcribed on the way: the first token of the answer comes after one
 Prompts are padded to a power of two, so that few lengths are ever compiled, and what was compiled
 is kept on disk for the next start.
 
-Axes: S audio samples, Q virtual tokens, E the LLM's width, L positions of the prompt.
+Axes: S audio samples, Q virtual tokens, N tokens of text, E the LLM's width, L positions of the
+prompt.
 Reads: weights.py, llama.py, generate.py, connector.py.   The last chapter.
 """
 
@@ -21,9 +22,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
@@ -57,11 +58,10 @@ class Sampling:
     max_new_tokens: int = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """What was said and answered: the virtual tokens [Q, E] of a recording, and the answer."""
+class Turn(NamedTuple):
+    """What was said and answered: virtual tokens [Q, E] or ids of text [N], and the answer."""
 
-    virtual: np.ndarray
+    said: np.ndarray
     answer: str
 
 
@@ -69,8 +69,9 @@ class Turn:
 class Reply:
     """An answer so far."""
 
-    heard: str  # the text tokens nearest to the virtual tokens
+    heard: str  # the text tokens nearest to the virtual tokens, or what Whisper wrote
     text: str = ""
+    tokens: int = 0
     first: float = 0.0  # seconds from the recording to the first token
     rate: float = 0.0  # tokens a second after it
     turn: Turn | None = None  # when the answer is whole
@@ -100,40 +101,62 @@ class Assistant:
     diva: connector.DiVA
     chat: llama.Chat
     toy: bool  # does it know no more than the toy universe?
+    asr: Callable[[], generate.Transcriber]  # its Whisper whole, read when it is first to write
 
     @staticmethod
     def load(model: str | Path) -> "Assistant":
         """float32 on a CPU, bfloat16 elsewhere. Raises ValueError or FileNotFoundError."""
         dtype = sharding.compute_dtype(jax.default_backend())
-        _, llm_path = connector.references(model)
+        asr_path, llm_path = connector.references(model)
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
         mesh = sharding.local_mesh(connector.templates(model, dtype))
-        diva = connector.DiVA.load(model, dtype, functools.partial(sharding.place, mesh=mesh))
-        return Assistant(diva, llama.Chat.load(llm_path), toy)
+        place = functools.partial(sharding.place, mesh=mesh)
+        diva = connector.DiVA.load(model, dtype, place)
+        read = generate.Transcriber.load
+        asr = functools.partial(read, asr_path, dtype=dtype, place=place, encoder=diva.encoder)
+        return Assistant(diva, llama.Chat.load(llm_path), toy, functools.cache(asr))
 
     @property
     def window(self) -> float:
         """Seconds that are heard at once."""
         return self.diva.window_samples / SAMPLE_RATE
 
+    def parts(
+        self, clip: str | Path, long: bool = False, live: bool = False
+    ) -> list[Float[Array, "1 S"]]:
+        """A recording as windows; `long` and `live` as in recording.windows. Raises ValueError or
+        FileNotFoundError that names the file."""
+        rows = recording.windows(clip, self.diva.window_samples, long, live, PIECES)
+        return [jnp.asarray(row)[None] for row in rows]
+
     def listen(
         self, clip: str | Path, long: bool = False, live: bool = False
     ) -> Float[np.ndarray, "Q E"]:
-        """Virtual tokens of a recording, those of its parts one behind the other; `long` and `live`
-        as in recording.windows. Raises ValueError or FileNotFoundError that names the file."""
-        parts = recording.windows(clip, self.diva.window_samples, long, live, PIECES)
-        rows = [jnp.asarray(part)[None] for part in parts]
+        """Virtual tokens of a recording, those of its parts one behind the other. Raises as
+        `parts`."""
+        rows = self.parts(clip, long, live)
         return np.concatenate([np.asarray(connector.listen(self.diva, row)[0]) for row in rows])
 
-    def heard(self, virtual: Float[np.ndarray, "Q E"]) -> str:
-        """The text tokens nearest to the last virtual tokens: those stand for the words."""
-        ids = np.asarray(connector.heard(self.diva.llm, jnp.asarray(virtual)[None]))[0, -SHOWN:]
+    def write(
+        self, clip: str | Path, long: bool = False, live: bool = False
+    ) -> Int[np.ndarray, "N"]:
+        """The tokens of what Whisper writes: a cascade reads them, where DiVA listens. Raises as
+        `parts`."""
+        text = " ".join(self.asr()(row)[0] for row in self.parts(clip, long, live))
+        return np.asarray(self.chat.encode(text), np.int32)
+
+    def heard(self, said: Float[np.ndarray, "Q E"] | Int[np.ndarray, "N"]) -> str:
+        """What was written; or the text tokens nearest to the last virtual tokens: those stand for
+        the words."""
+        if said.ndim == 1:
+            return self.chat.decode(said)
+        ids = np.asarray(connector.heard(self.diva.llm, jnp.asarray(said)[None]))[0, -SHOWN:]
         return " ".join(self.chat.decode(ids).split())
 
     def prompt(
         self,
         turns: Sequence[Turn],
-        virtual: Float[np.ndarray, "Q E"],
+        said: Float[np.ndarray, "Q E"] | Int[np.ndarray, "N"],
         instruction: str | None,
         room: int = 0,
     ) -> tuple[Float[Array, "1 L E"], int]:
@@ -141,11 +164,12 @@ class Assistant:
 
         Raises ValueError if the LLM has no positions for them and `room` tokens more.
         """
-        around = self.chat.around(instruction, [turn.answer for turn in turns])
-        ids, starts, said = [*around[0]], [], [*(turn.virtual for turn in turns), virtual]
-        for tokens, after in zip(said, around[1:], strict=True):
-            starts.append(len(ids))
-            ids += [0] * len(tokens) + after
+        around = self.chat.around(instruction, [answer for _, answer in turns])
+        ids, virtual = [*around[0]], {}
+        for tokens, after in zip([*(before for before, _ in turns), said], around[1:], strict=True):
+            if tokens.ndim == 2:  # a hole, into which they are put
+                virtual[len(ids)] = tokens
+            ids += ([0] * len(tokens) if tokens.ndim == 2 else tokens.tolist()) + after
         most = self.diva.llm.config.max_position_embeddings
         if len(ids) + room > most:
             raise ValueError(
@@ -153,7 +177,7 @@ class Assistant:
                 f"({most} less {room} for the answer). Start a new one."
             )
         embeds = _embed(self.diva.llm, jnp.asarray(generate.padded_row(ids)))
-        for tokens, start in zip(said, starts, strict=True):
+        for start, tokens in virtual.items():
             embeds = _put(embeds, jnp.asarray(tokens)[None], jnp.asarray([start]))
         return embeds, len(ids)
 
@@ -165,15 +189,28 @@ class Assistant:
         sampling: Sampling = Sampling(),
         long: bool = False,
         live: bool = False,
+        cascade: bool = False,
     ) -> Iterator[Reply]:
         """The reply to a recording, again and again while it grows; the last one has its turn.
 
-        `turns` are those of the conversation before it. Raises ValueError or FileNotFoundError.
+        `turns` are those of the conversation before it. A `cascade` reads what Whisper writes.
+        Raises ValueError or FileNotFoundError.
         """
         began = time.perf_counter()
+        said = (self.write if cascade else self.listen)(clip, long, live)
+        yield from self.reply(said, turns, instruction, sampling, began)
+
+    def reply(
+        self,
+        said: Float[np.ndarray, "Q E"] | Int[np.ndarray, "N"],
+        turns: Sequence[Turn],
+        instruction: str | None,
+        sampling: Sampling,
+        began: float,
+    ) -> Iterator[Reply]:
+        """As `answer`, to what was listened to, or is text; times are counted from `began`."""
         turns = () if self.toy else turns  # its LLM has never seen a second turn
-        virtual = self.listen(clip, long, live)
-        embeds, length = self.prompt(turns, virtual, instruction, sampling.max_new_tokens)
+        embeds, length = self.prompt(turns, said, instruction, sampling.max_new_tokens)
         tokens = generate.stream(
             self.diva.llm,
             embeds,
@@ -184,142 +221,41 @@ class Assistant:
             top_p=sampling.top_p,
             key=jax.random.fold_in(jax.random.key(sampling.seed), len(turns)),
         )
-        reply, count = Reply(""), 0
+        reply = Reply("")
 
         def counted() -> Iterator[int]:
-            nonlocal count
             for token in tokens:
-                count += 1
+                reply.tokens += 1
                 yield token
 
         for piece in generate.text_pieces(self.chat, counted()):
             now = time.perf_counter()
             if not reply.first:
                 reply.first = now - began
-                reply.heard = self.heard(virtual)  # while the device is at the next token
-            elif count > 1:
-                reply.rate = (count - 1) / (now - began - reply.first)
+                reply.heard = self.heard(said)  # while the device is at the next token
+            elif reply.tokens > 1:
+                reply.rate = (reply.tokens - 1) / (now - began - reply.first)
             reply.text += piece
             yield reply
-        reply.turn = Turn(virtual, reply.text.strip())
+        reply.turn = Turn(said, reply.text.strip())
         yield reply
 
-    def warm_up(self, sampling: Sampling) -> None:
-        """Compile what the first answer needs."""
+    def warm_up(self, sampling: Sampling, cascade: bool = False) -> None:
+        """Read and compile what the first answer needs."""
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
             soundfile.write(
                 file.name, np.ones(recording.FRAME), SAMPLE_RATE
             )  # silence is not answered
-            next(self.answer(file.name, sampling=sampling))
+            next(self.answer(file.name, sampling=sampling, cascade=cascade))
 
 
 # ---------------------------------------------------------------------------------------------
-# The page
-
-SENTENCES = (
-    "what is the opposite of hot",
-    "what is two plus five",
-    "what is the capital of france",
-    "yuck what a phone",
-)
-
+# The command
 
 TOY_SAYS = (
     "**This is the toy model**: it knows some 200 words, says nothing sensible about anything "
     "else, and takes each sentence for itself."
 )
-
-
-def notice(assistant: Assistant, long: bool) -> str:
-    """What one must know before one speaks."""
-    note = f"Speak for at most {assistant.window:g} s"
-    note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
-    if not assistant.toy:
-        return note
-    return f"{TOY_SAYS} {note} Try: " + "; ".join(f"*{text}*" for text in SENTENCES)
-
-
-def page(assistant: Assistant, sampling: Sampling, long: bool) -> Any:
-    """A Gradio page: a recording, perhaps an instruction, and the conversation. Needs the extra
-    `demo`; nothing is fetched from elsewhere."""
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the page needs gradio, which is not installed. Run pip install '.[demo]'"
-        ) from error
-
-    def respond(clip, instruction, messages, turns):
-        """The page's new state, again and again while the answer grows."""
-        if clip is None:
-            return
-        messages = [*messages, {"role": "user", "content": "..."}]
-        messages.append({"role": "assistant", "content": ""})
-        try:
-            instruction = instruction.strip() or None
-            for reply in assistant.answer(clip, turns, instruction, sampling, long, live=True):
-                messages[-2] = {"role": "user", "content": f"(speech) {reply.heard}"}
-                messages[-1] = {"role": "assistant", "content": reply.text}
-                yield messages, turns, reply.times(), None
-        except (ValueError, OSError) as error:
-            # the file's place on this machine is nobody's business
-            raise gr.Error(str(error).replace(str(clip), Path(clip).name)) from None
-        yield messages, [*turns, reply.turn], reply.times(), None
-
-    with gr.Blocks(title="DiVA", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# DiVA\n{notice(assistant, long)}")
-        turns = gr.State([], time_to_live=3600)
-        conversation = gr.Chatbot(label="Conversation", render_markdown=False, buttons=[])
-        times = gr.Markdown()
-        clip = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Say something")
-        instruction = gr.Textbox(label="Instruction (may stay empty)", max_length=2000)
-        again = gr.Button("New conversation")
-        gr.on(
-            [clip.stop_recording, clip.upload],
-            respond,
-            [clip, instruction, conversation, turns],
-            [conversation, turns, times, clip],
-            api_visibility="private",
-        )
-        conversation.clear(list, None, turns, api_visibility="private")
-        again.click(
-            lambda: ([], [], "", None), None, [conversation, turns, times, clip],
-            api_visibility="private",
-        )  # fmt: skip
-    # one answer at a time on the device; who finds sixteen waiting is told to come back
-    return blocks.queue(max_size=16, default_concurrency_limit=1)
-
-
-# Browsers treat a microphone as a telephone and distort it; a recogniser wants it as it is.
-AS_IT_IS = """<script>
-const devices = navigator.mediaDevices, ask = devices?.getUserMedia.bind(devices);
-if (ask) devices.getUserMedia = ({ audio, ...rest }) => ask({ ...rest, audio: audio && {
-  ...audio, echoCancellation: false, noiseSuppression: false, autoGainControl: false } });
-</script>"""
-
-
-def serve(blocks: Any, host: str, port: int, wait: bool = True) -> str:
-    """Open the page; returns its address. Uploads are limited in size, and no file of this machine
-    can be read through it but those that were uploaded."""
-    import gradio as gr
-
-    _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        max_file_size="20mb",
-        allowed_paths=[],
-        footer_links=[],
-        head=AS_IT_IS,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        prevent_thread_lock=not wait,
-        quiet=not wait,
-    )
-    return address
-
-
-# ---------------------------------------------------------------------------------------------
-# The command
 
 
 def clips_and_instruction(
@@ -387,11 +323,7 @@ def main(
     heat, share = drawing(temperature, top_p) if sample else (0.0, 1.0)
     sampling = Sampling(heat, share, seed, max_new_tokens)
     if serve_page:
-        assistant = Assistant.load(model)
-        blocks = page(assistant, sampling, long)
-        assistant.warm_up(sampling)
-        serve(blocks, host, port)
-        return
+        return open_page(model, sampling, long, host, port)
     clips, instruction = clips_and_instruction(words, instruction, one=bool(embeddings))
     for clip in clips:  # what cannot be heard is refused before weights are read
         recording.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
@@ -399,6 +331,26 @@ def main(
     if embeddings:
         return write_prompt(embeddings, assistant, clips[0], instruction, long)
     talk(assistant, clips, instruction, sampling, long)
+
+
+def open_page(model: str, sampling: Sampling, long: bool, host: str, port: int) -> None:
+    """Until Ctrl-C. Raises ValueError without the extra `demo`."""
+    try:
+        from runtime import page
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the page needs {error.name}, which is not installed. Run pip install '.[demo]'"
+        ) from error
+    assistant = Assistant.load(model)
+    assistant.warm_up(sampling)
+    page.serve(assistant, sampling, long, notice(assistant, long), host, port)
+
+
+def notice(assistant: Assistant, long: bool) -> str:
+    """What one must know before one speaks."""
+    note = f"Speak for at most {assistant.window:g} s"
+    note += f" (longer recordings are split, up to {PIECES} times that)." if long else "."
+    return f"{TOY_SAYS} {note}" if assistant.toy else note
 
 
 def write_prompt(

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 import weights
 from llama import Chat, Llama
 from runtime import command, files, recording, settings, sharding
-from whisper import Whisper, WhisperConfig, log_mel
+from whisper import Encoder, Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
 # The transcript of a Whisper, greedily
@@ -179,12 +179,17 @@ class Transcriber:
         language: str = "en",
         dtype=jnp.float32,
         place: Callable = lambda template: template,
+        encoder: Encoder | None = None,
     ) -> "Transcriber":
-        """Raises FileNotFoundError without tokenizer.json, ValueError for an unknown language."""
+        """`encoder`: the same one, if it is in memory already. Raises FileNotFoundError without
+        tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
         tokenizer, config = settings.tokenizer(folder), weights.read_config(WhisperConfig, folder)
         rules = decoding_rules(folder, config, language)  # refused before weights are read
-        return Transcriber(Whisper.load(folder, dtype, place), tokenizer, rules)
+        model = Whisper.load(folder, dtype, place)
+        if encoder is not None:
+            model = dataclasses.replace(model, encoder=encoder)
+        return Transcriber(model, tokenizer, rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""

@@ -82,9 +82,7 @@ class Models:
         mesh = sharding.local_mesh((*templates, templates[-1]), share=True)
         place = functools.partial(sharding.place, mesh=mesh)
         diva = connector.DiVA.load(folder, dtype, place)
-        asr = generate.Transcriber.load(asr_path, dtype=dtype, place=place)
-        shared = eqx.tree_at(lambda model: model.encoder, asr.model, diva.encoder)
-        asr = dataclasses.replace(asr, model=shared)  # one encoder in memory, not two
+        asr = generate.Transcriber.load(asr_path, "en", dtype, place, diva.encoder)
         queries = len(diva.connector.query_tokens)
         fresh = connector.DiVA.create(asr.model, diva.llm, queries, jax.random.key(0)).connector
         # placed like the trained one: otherwise the same program would be compiled for each

@@ -21,6 +21,7 @@ import tyro
 import connector
 import demo
 import generate
+import runtime
 import weights
 import whisper
 from evaluation import systems
@@ -74,6 +75,24 @@ def test_a_clip_is_answered_alone_as_by_the_harness_in_a_batch(assistant, instru
         said(assistant.answer(row["audio"], (), instruction, sampling)).turn.answer for row in rows
     ]
     assert alone == together and len({*alone}) > 3
+
+
+def test_a_cascade_answers_what_whisper_writes_as_the_harness_has_it(assistant):
+    """The transcript as the user's words, under the same instruction."""
+    rows, instruction = questions(6), "Repeat the input."
+    audio = np.concatenate([recording.load_window(row["audio"], 25_600) for row in rows])
+    transcripts = assistant.asr()(jnp.asarray(audio))
+    ask = systems.Ask(instruction, max_new_tokens=20)
+    responder = systems.Responder(assistant.diva.llm, assistant.chat, {ask}, len(rows))
+    pairs = [(ask, text) for text in transcripts]
+    [together] = responder.texts(pairs)
+    sampling = demo.Sampling(max_new_tokens=20)
+    replies = [
+        said(assistant.answer(row["audio"], (), instruction, sampling, cascade=True))
+        for row in rows
+    ]
+    assert [reply.heard for reply in replies] == transcripts and len({*transcripts}) > 3
+    assert [reply.turn.answer for reply in replies] == [together[pair] for pair in pairs]
 
 
 def test_the_answer_grows_while_it_is_made(assistant):
@@ -155,7 +174,7 @@ def test_earlier_turns_are_heard_but_not_by_the_toy(assistant):
             for turns in ([], [turn]):
                 said(one.answer(second["audio"], turns, sampling=sampling))
     assert lengths[0] == lengths[1] == lengths[2]
-    assert lengths[3] > lengths[2] + len(turn.virtual)
+    assert lengths[3] > lengths[2] + len(turn.said)
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_the_numbers(assistant):
@@ -272,16 +291,6 @@ def test_a_quiet_speaker_is_answered(assistant, tmp_path, decibels):
     assert not recording.nothing(samples[: recording.FRAME])
 
 
-@pytest.mark.parametrize("name", ["nothing", "faint noise"])
-def test_the_page_says_that_nothing_was_heard(assistant, tmp_path, name):
-    gradio = pytest.importorskip("gradio")
-    file = write(tmp_path / "a.wav", SILENT[name])
-    blocks = demo.page(assistant, demo.Sampling(), long=False)
-    [respond] = [block.fn for block in blocks.fns.values() if block.fn.__name__ == "respond"][:1]
-    with pytest.raises(gradio.Error, match=r"^'?a\.wav: nothing was heard"):
-        [*respond(str(file), "", [], [])]
-
-
 def test_parts_are_whole_fit_the_window_and_are_cut_where_it_is_quiet():
     window = 10_000
     samples = tone(5.0)
@@ -331,7 +340,7 @@ def test_any_sound_that_fits_is_answered(assistant, tmp_path, name):
     samples, rate, how = SOUNDS[name]
     file = write(tmp_path / "a.wav", samples, rate, **how)
     reply = said(assistant.answer(file, sampling=demo.Sampling(max_new_tokens=4)))
-    assert isinstance(reply.turn.answer, str) and np.isfinite(reply.turn.virtual).all()
+    assert isinstance(reply.turn.answer, str) and np.isfinite(reply.turn.said).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -479,7 +488,11 @@ def test_sampling_that_cannot_be_is_refused(flags):
         tyro.cli(demo.main, args=["--sample", *flags])
 
 
-def test_the_page_without_gradio_says_what_to_install(assistant, monkeypatch):
+def test_the_page_without_gradio_says_what_to_install(monkeypatch):
+    """Before a model is loaded."""
+    monkeypatch.setattr(demo.Assistant, "load", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"pip install '\.\[demo\]'"):
-        demo.page(assistant, demo.Sampling(), long=False)
+    monkeypatch.delitem(sys.modules, "runtime.page", raising=False)
+    monkeypatch.delattr(runtime, "page", raising=False)
+    with pytest.raises(ValueError, match=r"the page needs \w+, .* pip install '\.\[demo\]'"):
+        demo.main(serve_page=True)

@@ -65,7 +65,7 @@ READING = [
     *"evaluation.unpack evaluation.suites evaluation.published evaluation.voicebench".split(),
     *"evaluation.metrics evaluation.systems evaluation.degrade evaluation.tasks".split(),
     *"evaluation.predictions evaluation.significance".split(),
-    *"evaluation.report eval demo".split(),
+    *"evaluation.report eval runtime.completions runtime.page demo".split(),
 ]
 
 
