@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,7 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
     monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
+    monkeypatch.setitem(sys.modules, "runtime.page", types.ModuleType("runtime.page"))
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     monkeypatch.chdir(tmp_path)
     EXAMPLE.parent.mkdir(parents=True)
