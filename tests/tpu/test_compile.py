@@ -78,7 +78,7 @@ def test_the_published_step_on_the_published_slice(way, fsdp, most, asked):
         assert expected < 1.02 * by_hand / cost.TERA
 
     # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
-    params, _, frozen = train.abstract_inputs(config, asr, llm, sharding.make_mesh(512))[0]
+    params, _, frozen = train.abstract_inputs(config, sharding.make_mesh(512), asr, llm)[0]
     split = eqx.combine(params, frozen.diva) if fsdp > 1 else params
     gathered = test_cost.bytes_gathered(split, sharding.SMALL, 2, way)
     gradients = 2 * test_cost.parameters(params)
