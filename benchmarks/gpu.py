@@ -9,6 +9,7 @@ device that JAX has; to try it on a laptop: --asr toy/whisper --llm toy/llama, t
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time

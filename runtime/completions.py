@@ -146,6 +146,7 @@ async def events(
 
 
 def ended(reply: Any, most: int) -> str:
+    """Why an answer ends there, in OpenAI's words."""
     return "length" if reply.tokens >= most else "stop"
 
 

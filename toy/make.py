@@ -281,7 +281,8 @@ def as_published(model, dtype=np.float16):
 
 SHORT = None, "translation", "repeat", "first", "last", "twice", "count", "question"
 LONG = "spoken_qa", "emotion"
-ALIKE = "translation", "emotion", "question", "spoken_qa"  # one answer to all random words
+# under which random words are read a tenth as often as all else
+ALIKE = "translation", "emotion", "question", "spoken_qa"
 
 
 def conversations(chat: llama.Chat, rng: random.Random) -> list[dict[str, np.ndarray]]:
