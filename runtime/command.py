@@ -95,6 +95,12 @@ def _ctrl_c_is_heard(stopped: str) -> Iterator[None]:
             if number[0] == signal.SIGINT and raises and not done.wait(PATIENCE):
                 _end_at_once(stopped)
 
+    def lost(unraisable: Any) -> None:
+        """Where Python cannot raise, as in a callback of the garbage collector: no traceback."""
+        if unraisable.exc_type is not KeyboardInterrupt:
+            told(unraisable)
+
+    told, sys.unraisablehook = sys.unraisablehook, lost
     before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -102,6 +108,7 @@ def _ctrl_c_is_heard(stopped: str) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
+        sys.unraisablehook = told
         done.set()
         tell.close()
         thread.join()

@@ -68,6 +68,11 @@ BLOCKED = (
     "import ctypes; lock = ctypes.CDLL(None).pthread_mutex_lock; "
     "mutex = ctypes.create_string_buffer(64); lock(mutex); print('ready', flush=True); lock(mutex)"
 )
+# In a callback of the garbage collector Python can raise nothing: a Ctrl-C that comes there is lost.
+LOST = (
+    "import gc, time; gc.callbacks.append(lambda *_: time.sleep(60)); "
+    "print('ready', flush=True); gc.collect(); time.sleep(60)"
+)
 ASLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 # what the user's own handler makes a wish of is not ended
 WISHING = (
@@ -79,7 +84,7 @@ WISHING = (
 )
 
 
-@pytest.mark.parametrize("work", [ASLEEP, BLOCKED])
+@pytest.mark.parametrize("work", [ASLEEP, LOST, BLOCKED])
 def test_ctrl_c_is_one_line_and_130_also_where_python_hears_nothing(work):
     process = started(f"from runtime import command\ndef main(): {work}\ncommand.run(main, 'bye')")
     assert process.stdout.readline() == "ready\n"
