@@ -68,7 +68,7 @@ BLOCKED = (
     "import ctypes; lock = ctypes.CDLL(None).pthread_mutex_lock; "
     "mutex = ctypes.create_string_buffer(64); lock(mutex); print('ready', flush=True); lock(mutex)"
 )
-# In a callback of the garbage collector Python can raise nothing: a Ctrl-C that comes there is lost.
+# In a callback of the garbage collector Python can raise nothing: a Ctrl-C is lost there.
 LOST = (
     "import gc, time; gc.callbacks.append(lambda *_: time.sleep(60)); "
     "print('ready', flush=True); gc.collect(); time.sleep(60)"
