@@ -158,6 +158,7 @@ class DiVA(eqx.Module):
         clip has a prefix of its own, its first `pads` tokens are padding. What the frozen networks
         have said before is given: the encoder's states as `audio`, the teacher's as `taught`."""
         answers = ids[:, :0] if answers is None else answers
+        before, prefix = shared(self.llm, prefix)
         states = self.listen(audio) if audio.ndim == 2 else audio
         virtual = self.connector(states, recompute)
         targets, said = self.llm.embed(ids), self.llm.embed(answers)
@@ -169,7 +170,7 @@ class DiVA(eqx.Module):
             speech, spoken = pads_last(speech, pads), spoken - pads
         # Side by side, so that each layer is gathered once for both.
         read = (self.llm.embed(text),) if taught is None else ()
-        student, *teacher = self.llm((speech, *read), recompute)
+        student, *teacher = self.llm((speech, *read), recompute, before)
         student = states_from(student, spoken, count)
         taught = states_from(teacher[0], first, count) if taught is None else taught
         return Pass(states, virtual, targets, student, jax.lax.stop_gradient(taught))
@@ -285,6 +286,14 @@ class DiVA(eqx.Module):
         return jnp.concatenate([before, virtual.astype(before.dtype), after], axis=1)
 
 
+def shared(
+    llm: llama.Llama, prefix: Int[Array, "*B P"]
+) -> tuple[Float[Array, "1 P E"] | None, Int[Array, "*B p"]]:
+    """What the LLM reads once for all clips, and what is left of the prefix for each: all of it
+    once, unless each clip has its own."""
+    return (llm.embed(prefix[None]), prefix[:0]) if prefix.ndim == 1 else (None, prefix)
+
+
 def text_turn(
     ids: Int[Array, "B L"],
     lengths: Int[Array, "B"],
@@ -298,16 +307,15 @@ def text_turn(
     Each row is [prefix; transcript; suffix; answer; padding]; the state that predicts the response
     stands at the end of the suffix, and the causal mask keeps the padding out of sight.
     """
-    before, after = prefix.shape[-1], suffix.shape[0]
-    behind = jnp.concatenate([jnp.broadcast_to(suffix, (len(ids), after)), answers], axis=1)
-    position = jnp.arange(before + ids.shape[1] + behind.shape[1])
-    start = before + lengths[:, None]  # [B, 1] where the suffix begins
-    text = ids[:, jnp.clip(position - before, 0, ids.shape[1] - 1)]
+    behind = jnp.concatenate([suffix * jnp.ones_like(ids[:, :1]), answers], axis=1)
+    position = jnp.arange(ids.shape[1] + behind.shape[1])
+    start = lengths[:, None]  # [B, 1] where the suffix begins
+    text = ids[:, jnp.clip(position, 0, ids.shape[1] - 1)]
     at = jnp.clip(position - start, 0, behind.shape[1] - 1)
     tail = jnp.take_along_axis(behind, at, axis=1)
-    head = prefix[..., jnp.clip(position, 0, before - 1)]
-    row = jnp.where(position < before, head, jnp.where(position < start, text, tail))
-    last = lengths + before + after - 1
+    head = jnp.broadcast_to(prefix, (len(ids), prefix.shape[-1]))
+    row = jnp.concatenate([head, jnp.where(position < start, text, tail)], axis=1)
+    last = lengths + prefix.shape[-1] + len(suffix) - 1
     return (row, last) if pads is None else (pads_last(row, pads), last - pads)
 
 

@@ -18,7 +18,6 @@ Reads: weights.py.   Read next: generate.py.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,15 +126,16 @@ class Attention(eqx.Module):
     o_proj: Linear
     head_width: int = eqx.field(static=True)
 
-    def __call__(self, x, angles, cache=None, seen=None):
-        """x [B, L, E]. Without a cache causal over x; with one, over what is `seen` of it."""
+    def __call__(self, x, angles, cache=None, seen=None, before=None):
+        """x [B, L, E]. Causal over x, and what stands `before` it; or over what is `seen` of a
+        cache."""
         queries, keys, values = (
             proj(x).reshape(*x.shape[:2], -1, self.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         queries, keys = rotate(queries, angles), rotate(keys, angles)
         if cache is None:
-            heard = attention.attend(queries, keys, values, causal=True)
+            heard = attention.attend(queries, keys, values, causal=True, before=before)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
         positions, *cached = cache
         queries, *new = sharding.to_clips((queries, keys, values))
@@ -174,8 +174,9 @@ class Layer(eqx.Module):
     post_attention_layernorm: RMSNorm
     mlp: MLP
 
-    def __call__(self, x, angles, cache=None, seen=None):
-        heard, keys_values = self.self_attn(self.input_layernorm(x), angles, cache, seen)
+    def __call__(self, x, angles, cache=None, seen=None, before=None):
+        given = angles, cache, seen, before
+        heard, keys_values = self.self_attn(self.input_layernorm(x), *given)
         x = x + heard
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
@@ -209,21 +210,29 @@ class Llama(eqx.Module):
         return positions[..., None] * jnp.asarray(self.config.frequencies(), jnp.float32)
 
     def __call__(
-        self, embeds: PyTree[Float[Array, "B ?L E"], "T"], recompute: sharding.Recompute = "layers"
+        self,
+        embeds: PyTree[Float[Array, "B ?L E"], "T"],
+        recompute: sharding.Recompute = "layers",
+        before: Float[Array, "1 P E"] | None = None,
     ) -> PyTree[Float[Array, "B ?L E"], "T"]:
         """Hidden states after the last norm. Right-padded: what stands after a row's own length
-        changes nothing before it, since attention is causal.
+        changes nothing before it, since attention is causal. So what stands `before` all rows
+        alike, as a chat template's head does, is read once for all of them.
 
         Several sequences (of a student and a teacher) go through each layer side by side."""
+        past = 0 if before is None else before.shape[1]
 
-        def layer(module, x):
-            return module(x, self.angles(jnp.arange(x.shape[1])[None]))[0]
+        def layer(module, x, start=0, known=None):
+            angles = self.angles(start + jnp.arange(x.shape[1])[None])
+            return module(x, angles, before=known)
 
-        def layer_for_all(module, xs):
-            return jax.tree.map(functools.partial(layer, module), xs)
+        def layer_for_all(module, states):
+            before, xs = states
+            before, known = layer(module, before) if past else (before, None)
+            return before, jax.tree.map(lambda x: layer(module, x, past, known)[0], xs)
 
-        states = sharding.run_layers(self.model.layers, embeds, layer_for_all, recompute)
-        return jax.tree.map(self.model.norm, states)
+        given = self.model.layers, (before, embeds), layer_for_all, recompute
+        return jax.tree.map(self.model.norm, sharding.run_layers(*given)[1])
 
     def prefill(
         self, embeds: Float[Array, "B L E"], lengths: Int[Array, "B"], room: int

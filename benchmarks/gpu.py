@@ -125,8 +125,8 @@ def step(
         jax.block_until_ready(metrics)
         if number >= 0:
             times.append(time.perf_counter() - start)
-    turn, length = cost.PREFIX + cost.SUFFIX, shapes["ids"].shape[1]
-    work = sum(cost.flops(asr, llm, asr.max_target_positions, turn, length).values())
+    given = asr.max_target_positions, cost.SUFFIX, shapes["ids"].shape[1]
+    work = sum(cost.flops(asr, llm, *given, before=cost.PREFIX).values())
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {
         "batch": size,

@@ -36,8 +36,19 @@ def attend(
     keys: Float[Array, "B S G K"],
     values: Float[Array, "B S G K"],
     causal: bool = False,
+    before: tuple[Float[Array, "1 P G K"], Float[Array, "1 P G K"]] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """What each position hears; scores and softmax in f32. Causal: of itself and those before."""
+    """What each position hears; scores and softmax in f32. Causal: of itself and those before, and
+    of the keys and values that stand `before` all rows, the same for each."""
+    if before is not None:
+        past, rows = before[0].shape[1], len(queries)
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(old, (rows, *old.shape[1:])), new], axis=1)
+            for old, new in zip(before, (keys, values), strict=True)
+        )
+        # causal attention wants as many that ask: nothing is done with what the first ones hear
+        queries = jnp.pad(queries, ((0, 0), (past, 0), (0, 0), (0, 0)))
+        return attend(queries, keys, values, causal)[:, past:]
     scores = queries.shape[0] * queries.shape[2] * queries.shape[1] * keys.shape[1]
     if sharding.platform() == "cpu" and scores > CACHED:
         attention = functools.partial(by_head, causal)

@@ -50,9 +50,11 @@ def claim(config: Config) -> Claim:
     turn, recipe = answers.turn(chat, config.instructions), dataclasses.asdict(recipe_of(config))
     turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
     corpus.more |= answers.draw(turn, len(corpus.ids), config.seed)
-    positions = max(map(len, answers.prefixes(turn))) + len(turn["suffix"])
-    work = functools.partial(cost.flops, asr, llm, queries, positions)
+    turned = prefix, suffix, pads = answers.template(turn)
+    own = 0 if pads is None else prefix.shape[-1]  # else all clips share it
+    flops = functools.partial(cost.flops, before=prefix.shape[-1] - own)
+    work = functools.partial(flops, asr, llm, queries, own + len(suffix))
     shapes = {name: (x.shape[1:], x.dtype) for name, x in corpus.more.items()}
-    turned, text = answers.template(turn), corpus.max_length
+    text = corpus.max_length
     known = {"asr": asr, "llm": llm, "turn": turned, "text": text, "more": shapes}
     return Claim(corpus, watched, chat, turn, known, work)

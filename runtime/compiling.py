@@ -302,11 +302,11 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     compiled, recompute, mesh = compile_step(config, grids, room, inputs)
     seconds = time.perf_counter() - began
     batch = inputs(mesh)[1]
-    queries, turn = config.queries or asr.max_target_positions, cost.PREFIX + cost.SUFFIX
+    queries = config.queries or asr.max_target_positions
     text = batch["ids"].shape[1]
     answer = batch["answers"].shape[1] if "answers" in batch else 0
     parts, short = (
-        cost.flops(asr, llm, queries, turn, length, answer)
+        cost.flops(asr, llm, queries, cost.SUFFIX, length, answer, cost.PREFIX)
         for length in (text, min(cost.MEAN_TEXT, text))
     )
     padding = parts["teacher"] - short["teacher"]

@@ -144,14 +144,17 @@ def flops(
     turn: int,
     text: int,
     answer: int = 0,
+    before: int = 0,
 ) -> dict[str, float]:
-    """FLOPs of one clip in one training step: nothing computed twice, gradients where needed.
+    """FLOPs of one clip in one training step: nothing computed twice, gradients where needed. What
+    all clips of a device share, the head of the template, is not counted.
 
     Args:
         queries: Q, virtual tokens.
-        turn: positions of the template around the user's words, P + R.
+        turn: positions of the template around the user's words that each clip reads: R, or P + R.
         text: positions that the transcript is padded to, L.
         answer: positions of the answer behind the turn, A.
+        before: positions of the template that are read once for all clips: P, or none.
     """
     turn += answer
     d, t, q = asr.d_model, asr.max_source_positions, queries
@@ -172,8 +175,11 @@ def flops(
     wide, narrow = (h * llm.head_width for h in (llm.num_attention_heads, llm.key_value_heads))
     one = 2 * llm.hidden_size * (wide + narrow) + 3 * llm.hidden_size * llm.intermediate_size
 
+    def scores(positions: int) -> int:  # or sums: attention.py asks for a square of them
+        return llm.num_hidden_layers * (before + positions) ** 2 * wide
+
     def through(positions: int) -> int:  # the LLM, forward
-        return llm.num_hidden_layers * (positions * one + 2 * positions**2 * wide)
+        return llm.num_hidden_layers * positions * one + 2 * scores(positions)
 
     products = {
         "encoder": encoder,
@@ -184,5 +190,5 @@ def flops(
         "teacher": through(turn + text),
     }
     # The backward pass of attention takes two products for each of its two.
-    products["student backward"] += llm.num_hidden_layers * 2 * (queries + turn) ** 2 * wide
+    products["student backward"] += 2 * scores(queries + turn)
     return {name: 2.0 * count for name, count in products.items()}

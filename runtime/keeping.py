@@ -83,8 +83,9 @@ def _say(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K E"]]:
     prefix, suffix, pads = template
     prefix, pads = answers.own_prefix(prefix, pads, batch)
+    before, prefix = connector.shared(diva.llm, prefix)
     fed = batch.get("answers", batch["ids"][:, :0])
     turn = batch["ids"], batch["lengths"], prefix, suffix, fed, pads
     text, first = connector.text_turn(*turn)
-    hidden = diva.llm(diva.llm.embed(text))
+    hidden = diva.llm(diva.llm.embed(text), before=before)
     return diva.listen(batch["audio"]), connector.states_from(hidden, first, fed.shape[1] + 1)

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import generate
 import llama
+from runtime import attention
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("llama-tied-scaled", "llama-untied-head-dim")
@@ -149,6 +150,34 @@ def test_gradient_reaches_the_embeddings_and_obeys_causality(model, prompts):
     embeds = model.embed(prompts[0][:1])
     reached = jax.grad(lambda x: jnp.square(model(x)[0, 5]).sum())(embeds)[0]
     assert list(np.abs(reached).sum(-1) > 0) == [True] * 6 + [False] * 3
+
+
+@pytest.mark.parametrize("cached", [attention.CACHED, 0])
+@pytest.mark.parametrize("past", [0, 1, 4])
+def test_what_stands_before_all_rows_is_read_once_for_them(
+    model, prompts, past, cached, monkeypatch
+):
+    """Nothing, a token or a few: states and gradients of two sequences are those of whole rows."""
+    monkeypatch.setattr(attention, "CACHED", cached)  # all heads at once, or head by head
+    before = model.embed(jnp.arange(5, 5 + past)[None])
+    both = model.embed(prompts[0]), model.embed(prompts[0][:, :6])
+
+    def whole(xs):
+        rows = jnp.broadcast_to(before, (3, *before.shape[1:]))
+        rows = jax.tree.map(lambda x: jnp.concatenate([rows, x], axis=1), xs)
+        return jax.tree.map(lambda x: x[:, past:], model(rows))
+
+    def once(xs):
+        return model(xs, before=before)
+
+    for found, expected in zip(once(both), whole(both), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    found, expected = (
+        jax.grad(lambda xs, f=f: sum(jnp.sin(x).sum() for x in f(xs)))(both) for f in (once, whole)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
 def test_older_and_newer_config_files_give_the_same_frequencies():

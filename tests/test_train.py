@@ -999,7 +999,7 @@ def test_the_log_shows_where_the_time_goes(root, tmp_path, capfd, monkeypatch):
     sizes = weights.read_config(whisper.WhisperConfig, root / "whisper")
     llm = weights.read_config(llama.LlamaConfig, root / "llama")
     turn = files.read_json(tmp_path / "turn.json")
-    work = cost.flops(sizes, llm, 8, len(turn["prefix"] + turn["suffix"]), 8)
+    work = cost.flops(sizes, llm, 8, len(turn["suffix"]), 8, before=len(turn["prefix"]))
     row = rows_of(tmp_path)[9]
     expected = sum(work.values()) * 8 / 8 / chip.flops / row["seconds"]  # 8 clips, 8 devices
     assert row["mfu"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
