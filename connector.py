@@ -289,8 +289,8 @@ class DiVA(eqx.Module):
 def shared(
     llm: llama.Llama, prefix: Int[Array, "*B P"]
 ) -> tuple[Float[Array, "1 P E"] | None, Int[Array, "*B p"]]:
-    """What the LLM reads once for all clips, and what is left of the prefix for each: all of it
-    once, unless each clip has its own."""
+    """What the LLM reads once for all clips, and what is left for each: all of it, if each has its
+    own."""
     return (llm.embed(prefix[None]), prefix[:0]) if prefix.ndim == 1 else (None, prefix)
 
 
@@ -313,9 +313,9 @@ def text_turn(
     text = ids[:, jnp.clip(position, 0, ids.shape[1] - 1)]
     at = jnp.clip(position - start, 0, behind.shape[1] - 1)
     tail = jnp.take_along_axis(behind, at, axis=1)
-    head = jnp.broadcast_to(prefix, (len(ids), prefix.shape[-1]))
+    head = jnp.broadcast_to(prefix, (len(ids), before := prefix.shape[-1]))
     row = jnp.concatenate([head, jnp.where(position < start, text, tail)], axis=1)
-    last = lengths + prefix.shape[-1] + len(suffix) - 1
+    last = lengths + before + len(suffix) - 1
     return (row, last) if pads is None else (pads_last(row, pads), last - pads)
 
 
@@ -334,9 +334,7 @@ def states_from(
 
 def hearing(asr: whisper.WhisperConfig, window: float | None) -> whisper.WhisperConfig:
     """The sizes of a Whisper whose encoder hears `window` seconds, or all that it can (None).
-
-    Raises ValueError if that is more than it can.
-    """
+    Raises ValueError if that is more than it can."""
     if window is None:
         return asr
     positions, most = round(window * POSITIONS), asr.max_source_positions

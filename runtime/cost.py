@@ -146,20 +146,16 @@ def flops(
     answer: int = 0,
     before: int = 0,
 ) -> dict[str, float]:
-    """FLOPs of one clip in one training step: nothing computed twice, gradients where needed. What
-    all clips of a device share, the head of the template, is not counted.
+    """FLOPs of one clip in one training step: nothing computed twice, gradients where needed; what
+    is read once for all clips is not counted.
 
-    Args:
-        queries: Q, virtual tokens.
-        turn: positions of the template around the user's words that each clip reads: R, or P + R.
-        text: positions that the transcript is padded to, L.
-        answer: positions of the answer behind the turn, A.
-        before: positions of the template that are read once for all clips: P, or none.
+    Positions: `queries` Q; `turn` what each clip reads of the template, R or P + R; `text` what
+    transcripts are padded to, L; `answer` A; `before` what is read once of the template, P or none.
     """
     turn += answer
     d, t, q = asr.d_model, asr.max_source_positions, queries
-    frames = t * whisper.FRAMES_PER_POSITION
-    conv = 3 * d * (frames * asr.num_mel_bins + t * d)  # kernel 3; the second has stride 2
+    mel = whisper.FRAMES_PER_POSITION * asr.num_mel_bins
+    conv = 3 * d * t * (mel + d)  # kernel 3; the second has stride 2
     heard = 4 * t * d * d + 2 * t * t * d + 2 * t * d * asr.encoder_ffn_dim
     encoder = conv + asr.encoder_layers * heard  # q k v out; scores and sums; fc1 and fc2
 
