@@ -177,14 +177,14 @@ def flops(
     def through(positions: int) -> int:  # the LLM, forward
         return llm.num_hidden_layers * positions * one + 2 * scores(positions)
 
+    student = through(queries + turn)
     products = {
         "encoder": encoder,
         "connector forward": forward,
         "connector backward": backward,
-        "student forward": through(queries + turn),
-        "student backward": through(queries + turn),  # frozen: for x alone; attention below
+        "student forward": student,
+        # frozen: for x alone; of attention two products for each of its two
+        "student backward": student + 2 * scores(queries + turn),
         "teacher": through(turn + text),
     }
-    # The backward pass of attention takes two products for each of its two.
-    products["student backward"] += 2 * scores(queries + turn)
     return {name: 2.0 * count for name, count in products.items()}
