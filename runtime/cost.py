@@ -152,8 +152,7 @@ def flops(
     Positions: `queries` Q; `turn` what each clip reads of the template, R or P + R; `text` what
     transcripts are padded to, L; `answer` A; `before` what is read once of the template, P or none.
     """
-    turn += answer
-    d, t, q = asr.d_model, asr.max_source_positions, queries
+    d, t, q, turn = asr.d_model, asr.max_source_positions, queries, turn + answer
     mel = whisper.FRAMES_PER_POSITION * asr.num_mel_bins
     conv = 3 * d * t * (mel + d)  # kernel 3; the second has stride 2
     heard = 4 * t * d * d + 2 * t * t * d + 2 * t * d * asr.encoder_ffn_dim
