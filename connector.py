@@ -154,9 +154,9 @@ class DiVA(eqx.Module):
     ) -> Pass:
         """The whole method: the LLM once as student, on speech, and once as teacher, on its
         transcript `ids`, both between the same `prefix` and `suffix` of the chat template, and both
-        with the teacher's answer behind it, but for its last token (None: it has but one). If each
-        clip has a prefix of its own, its first `pads` tokens are padding. What the frozen networks
-        have said before is given: the encoder's states as `audio`, the teacher's as `taught`."""
+        with the teacher's answer behind it, but for its last token (None: it has but one). One
+        prefix for all is read once; of each clip's own, the first `pads` tokens are padding. What
+        the frozen networks said before is given: states as `audio`, the teacher's as `taught`."""
         answers = ids[:, :0] if answers is None else answers
         before, prefix = shared(self.llm, prefix)
         states = self.listen(audio) if audio.ndim == 2 else audio
@@ -313,9 +313,9 @@ def text_turn(
     text = ids[:, jnp.clip(position, 0, ids.shape[1] - 1)]
     at = jnp.clip(position - start, 0, behind.shape[1] - 1)
     tail = jnp.take_along_axis(behind, at, axis=1)
-    head = jnp.broadcast_to(prefix, (len(ids), before := prefix.shape[-1]))
+    head = jnp.broadcast_to(prefix, (len(ids), prefix.shape[-1]))
     row = jnp.concatenate([head, jnp.where(position < start, text, tail)], axis=1)
-    last = lengths + before + len(suffix) - 1
+    last = lengths + prefix.shape[-1] + len(suffix) - 1
     return (row, last) if pads is None else (pads_last(row, pads), last - pads)
 
 
