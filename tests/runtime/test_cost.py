@@ -357,6 +357,24 @@ def test_loops_count_as_often_as_they_turn():
     assert found.counted_once == 7.0
 
 
+def test_a_loop_that_does_two_parts_at_once_turns_half_as_often():
+    """The outer one, where each turn adds 2 to the counter: 0, 2, 4 are below 5. TPUs write so the
+    sums of a gradient over chips."""
+    text = LOOPS.replace("%loop.3", "%back.3").replace("  ROOT %back.3", "  %back.3")
+    after = """
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i.3, %two)
+  %x.3 = f32[4,8]{1,0} get-tuple-element(%back.3), index=1
+  ROOT %t.3 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%next, %x.3, %g.3)
+}
+
+%outer_goes"""
+    found = program(text.replace("\n}\n\n%outer_goes", after))
+    assert found.flops == (3 * 3 + 1) * 2 * (4 * 8 * 8)
+    assert found.collectives["all-reduce"].count == 3
+
+
 def test_a_product_with_batch_axes():
     """[3, 4, 5, 6] by [3, 4, 7, 6] over 6, for each of 3 x 4; and an outer product."""
     lines = (
