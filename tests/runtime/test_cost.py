@@ -137,6 +137,12 @@ def mel_products(asr: whisper.WhisperConfig) -> int:
     return 2 * frames * (whisper.FFT_SIZE // 2 + 1) * asr.num_mel_bins
 
 
+def spectrum_products(asr: whisper.WhisperConfig) -> int:
+    """FLOPs of one clip's Fourier transforms, which TPUs do as three real products."""
+    frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
+    return 3 * 2 * frames * whisper.FFT_SIZE**2
+
+
 @pytest.mark.parametrize("answer", [0, 5])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("asr", [ASR, dataclasses.replace(ASR, d_model=48, decoder_layers=1)])
