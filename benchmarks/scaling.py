@@ -56,7 +56,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    side_by_side.keep_each(FILE, (measure(name) for name in SLICES), table)
+    side_by_side.keep_each(FILE, measure, [(name,) for name in SLICES], table)
 
 
 if __name__ == "__main__":

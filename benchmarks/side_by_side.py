@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,11 +144,15 @@ def keep(file: Path, measured: dict[str, Any], table: Callable[[dict], str]) -> 
     print(table(measured) + "\n\n" + measured["machine"])
 
 
-def keep_each(file: Path, rows: Iterable[dict], table: Callable[[list], str]) -> None:
-    """Write and print each row as soon as it is known; then print README's table of them."""
-    known = []
-    for row in rows:
-        known.append(row)
-        print(json.dumps(row), flush=True)
+def keep_each(
+    file: Path, measure: Callable[..., dict], wanted: list[tuple], table: Callable[[list], str]
+) -> None:
+    """Measure, write and print one row after another; then print README's table of them. What was
+    stopped goes on behind its last row, what was finished begins anew."""
+    known = json.loads(fresh(file).read_text()) if fresh(file).is_file() else []
+    known = known if len(known) < len(wanted) else []
+    for given in wanted[len(known) :]:
+        known.append(measure(*given))
+        print(json.dumps(known[-1]), flush=True)
         write(file, known)
     print(table(known))

@@ -121,12 +121,16 @@ class Program:
         return [self.shapes[name] for name in names]
 
     def _turns(self, rest: str) -> int:
-        """How often a loop runs: written beside it, or the constant that its condition compares."""
+        """How often a loop runs: written beside it, or the constant that its condition compares, by
+        what each turn adds to the counter."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", rest)[1]
-        ends = [op for _, _, kind, op, _ in self.computations[condition] if kind == "constant"]
-        return max((int(end) for end in ends if end.isdigit()), default=1)
+        condition, body = (
+            self.computations[re.search(rf"{part}=%?([\w.\-]+)", rest)[1]]
+            for part in ("condition", "body")
+        )
+        ends = [op for _, _, kind, op, _ in condition if kind == "constant" and op.isdigit()]
+        return math.ceil(max(map(int, ends), default=1) / _step(condition, body))
 
     def _collective(self, kind: str, shape: str, operands: str, rest: str, times: int):
         arrays, given = _arrays(shape), self._shapes(operands)
@@ -149,6 +153,19 @@ def _computations(text: str) -> tuple[dict[str, list[tuple]], str]:
         elif op := _OP.search(re.sub(r"\{[\d,]*:[^{}]*\}|/\*.*?\*/", "", line)):  # no tiling
             current.append(op.groups())
     return result, entry
+
+
+def _step(condition: list[tuple], body: list[tuple]) -> int:
+    """What a loop adds to its counter in each turn: 2 where the compiler has cut a product into the
+    pieces of a sum over chips, and does two of them in one turn."""
+    places = [rest for _, _, kind, _, rest in condition if kind == "get-tuple-element"]
+    if not places or body[-1][2] != "tuple":
+        return 1
+    given = {name: (kind, re.findall(r"[\w.\-]+", operands)) for name, _, kind, operands, _ in body}
+    results = given[body[-1][0]][1]
+    kind, added = given[results[int(re.search(r"index=(\d+)", places[0])[1])]]
+    numbers = [given[name][1][0] for name in added if given.get(name, "?")[0] == "constant"]
+    return int(numbers[0]) if kind == "add" and numbers else 1
 
 
 def _arrays(shape: str) -> list[tuple[int, list[int]]]:

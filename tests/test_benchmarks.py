@@ -1,5 +1,6 @@
 """benchmarks/README.md says what is so: its tables were measured, its commands are there."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -7,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compiling, forward, generate, gpu, loss, pair, scaling, speech, step, toy
+from benchmarks import (
+    compiling,
+    forward,
+    generate,
+    gpu,
+    loss,
+    pair,
+    scaling,
+    side_by_side,
+    speech,
+    step,
+    toy,
+)
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -66,6 +79,24 @@ def test_the_program_does_not_grow_with_the_layers():
     for preset in ("toy", "diva-8b"):
         rows = [row for row in read(compiling)["rows"] if row["preset"] == preset]
         assert len(rows) == len(compiling.DEPTHS) and len({row["lines"] for row in rows}) == 1
+
+
+def test_a_table_that_was_stopped_goes_on(monkeypatch, tmp_path):
+    """Behind the last row that was written; a whole one begins anew."""
+    measured, wanted = [], [(n,) for n in range(3)]
+    monkeypatch.setattr(side_by_side, "fresh", lambda file: tmp_path / file)
+
+    def measure(n: int) -> dict:
+        measured.append(n)
+        if measured == [0, 1]:
+            raise KeyboardInterrupt
+        return {"n": n}
+
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            side_by_side.keep_each(Path("rows.json"), measure, wanted, str)
+    assert measured == [0, 1, 1, 2, 0, 1, 2]
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"n": n} for n in range(3)]
 
 
 def test_the_gpus_batch_is_searched_for_once(monkeypatch):

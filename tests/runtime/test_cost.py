@@ -137,6 +137,12 @@ def mel_products(asr: whisper.WhisperConfig) -> int:
     return 2 * frames * (whisper.FFT_SIZE // 2 + 1) * asr.num_mel_bins
 
 
+def spectrum_products(asr: whisper.WhisperConfig) -> int:
+    """FLOPs of one clip's Fourier transforms, which TPUs do as three real products."""
+    frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
+    return 3 * 2 * frames * whisper.FFT_SIZE**2
+
+
 @pytest.mark.parametrize("answer", [0, 5])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("asr", [ASR, dataclasses.replace(ASR, d_model=48, decoder_layers=1)])
@@ -355,6 +361,24 @@ def test_loops_count_as_often_as_they_turn():
     size = 8.0 * 8 * 4
     assert found.collectives == {"all-reduce": hlo.Collective(5, 5 * size, 5 * size)}  # 2 (2-1)/2
     assert found.counted_once == 7.0
+
+
+def test_a_loop_that_does_two_parts_at_once_turns_half_as_often():
+    """The outer one, where each turn adds 2 to the counter: 0, 2, 4 are below 5. TPUs write so the
+    sums of a gradient over chips."""
+    text = LOOPS.replace("%loop.3", "%back.3").replace("  ROOT %back.3", "  %back.3")
+    after = """
+  %i.3 = s32[] get-tuple-element(%p.3), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i.3, %two)
+  %x.3 = f32[4,8]{1,0} get-tuple-element(%back.3), index=1
+  ROOT %t.3 = (s32[], f32[4,8]{1,0}, f32[8,8]{1,0}) tuple(%next, %x.3, %g.3)
+}
+
+%outer_goes"""
+    found = program(text.replace("\n}\n\n%outer_goes", after))
+    assert found.flops == (3 * 3 + 1) * 2 * (4 * 8 * 8)
+    assert found.collectives["all-reduce"].count == 3
 
 
 def test_a_product_with_batch_axes():

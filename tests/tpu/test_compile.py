@@ -5,17 +5,18 @@ Needs the `tpu` extra (libtpu) and no TPU. Run by name, minutes: pytest tests/tp
 
 import glob
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import test_cost
 
 import runtime
 import train
-import whisper
 from runtime import compiling, cost, hlo, recipe, sharding
 
 pytestmark = pytest.mark.skipif(
@@ -36,12 +37,6 @@ def train_py(*flags: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
-
-
-def spectrum_products(asr: whisper.WhisperConfig) -> int:
-    """FLOPs of one clip's Fourier transforms, which TPUs do as three real products."""
-    frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
-    return 3 * 2 * frames * whisper.FFT_SIZE**2
 
 
 def test_the_published_step_on_the_published_slice():
@@ -66,7 +61,7 @@ def test_the_published_step_on_the_published_slice():
     by_hand = sum(test_cost.flops(asr, llm, queries, cost.TEXT).values())
     assert float(rows["by hand"][0]) == pytest.approx(by_hand / cost.TERA, abs=0.01)
     again = test_cost.computed_again(asr, llm, queries, "attention")
-    mel = test_cost.mel_products(asr) + spectrum_products(asr)
+    mel = test_cost.mel_products(asr) + test_cost.spectrum_products(asr)
     once = test_cost.shared_products(llm, "attention") * 128 / 512
     expected = (by_hand + again + mel + once) / cost.TERA
     assert float(rows["compiled program"][0]) == pytest.approx(expected, rel=1e-3)
@@ -99,11 +94,39 @@ def test_a_tiny_step_on_a_small_slice():
     program = hlo.Program(compiled, len(devices))
     by_hand = sum(test_cost.flops(asr, llm, test_cost.QUERIES, test_cost.TEXT).values())
     again = test_cost.computed_again(asr, llm, test_cost.QUERIES, way)
-    mel = test_cost.mel_products(asr) + spectrum_products(asr)
+    mel = test_cost.mel_products(asr) + test_cost.spectrum_products(asr)
     found = program.flops * len(devices) / batch_size
     # the convolutions are cut into pieces that overlap
     once = test_cost.shared_products(llm, way) * len(devices) / batch_size
     assert found == pytest.approx(by_hand + again + mel + once, rel=2e-3)
+
+
+def test_two_compilers_move_the_same_numbers():
+    """diva-8b on 8 chips of v5p and on 8 devices of a CPU, all arrays split: number for number the
+    same is gathered, goes from all to all and is summed, and the products are the same. The CPU
+    moves bfloat16 as float32; and it sums at once what TPUs sum in a ring, of 9 sends of an
+    eighth, while they multiply."""
+    flags = "--preset diva-8b --batch-size 128 --recompute layers --fsdp 8 --dtype bfloat16"
+    config = recipe.parse(flags.split())
+    asr, llm = cost.PUBLISHED[config.whisper], cost.PUBLISHED[config.llm]
+
+    def compiled(devices: list) -> tuple[hlo.Program, int]:
+        mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
+        inputs = train.abstract_inputs(config, mesh, asr, llm)
+        step, *_ = train.compile_step(config, [mesh], math.inf, lambda _: inputs)
+        return hlo.Program(step, len(devices)), test_cost.parameters(inputs[0][0])
+
+    here, trained = compiled(jax.devices()[:8])
+    there, _ = compiled(compiling.slice_of("v5p:2x2x2"))
+    assert here.flops == pytest.approx(there.flops, rel=0.01)
+    ids = 4 * config.batch_size * (cost.TEXT + cost.SUFFIX + cost.TEXT)
+    for kind, same in (("all-gather", ids), ("all-to-all", 0)):
+        wide, narrow = (p.collectives.pop(kind).bytes - same for p in (here, there))
+        assert wide / 4 == pytest.approx(narrow / 2, rel=0.01), kind
+    assert here.collectives.pop("all-reduce").bytes == pytest.approx(4 * trained, rel=0.01)
+    summed = there.collectives.pop("collective-permute") + there.collectives.pop("all-reduce")
+    assert summed.bytes == pytest.approx(2 * trained * 9 / 8, rel=0.01)
+    assert not here.collectives and not there.collectives
 
 
 @pytest.mark.parametrize(
