@@ -222,7 +222,8 @@ def grid_table(known: dict) -> str:
     digits = dict.fromkeys(COLUMNS, 1) | MORE
     weight = choose(known["weights"])
     lines = [head("tokens of the answer, loss", ["weight", "seeds", *digits])]
-    for name, runs in known["grid"].items():
+    for name in filter(known["grid"].get, rows(weight)):
+        runs = known["grid"][name]
         loss = next((loss for loss in TRIED if f"by {loss}" in name), None)
         some = [run["test"] | {heading: run[heading] for heading in MORE} for run in runs.values()]
         much = f"{weight[loss]:g}" if loss else "0"
