@@ -17,6 +17,7 @@ from benchmarks import (
     pair,
     scaling,
     side_by_side,
+    slices,
     speech,
     step,
     toy,
@@ -97,6 +98,16 @@ def test_a_table_that_was_stopped_goes_on(monkeypatch, tmp_path):
             side_by_side.keep_each(Path("rows.json"), measure, wanted, str)
     assert measured == [0, 1, 1, 2, 0, 1, 2]
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"n": n} for n in range(3)]
+
+
+def test_a_run_costs_its_chip_hours():
+    """4,000 steps of 0.9 s are an hour; of 64 chips of v5p at $4.20."""
+    row = {"preset": "diva-8b", "slice": "v5p:4x4x4", "flags": "--queries 64 --window 10"}
+    row |= {"chips": 64, "memory": 2**34, "flops": 4e12, "flops_compiled": 4.2e12}
+    row |= {"steps": 4000, "step_seconds": [0.3, 0.9]}
+    (line,) = slices.costs([row]).splitlines()[2:]
+    cells = "`diva-8b` | `v5p:4x4x4` | `--queries 64 --window 10` | 4.0 / 4.2 | 16.0 | 0.90"
+    assert line == f"| {cells} | 60 | 64 | 269 |"
 
 
 def test_the_gpus_batch_is_searched_for_once(monkeypatch):

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+import test_cost
 import tyro
 
 import connector
@@ -18,7 +19,7 @@ import demo
 import eval as evaluation
 from benchmarks import pair, slices, toy
 from evaluation import suites, systems
-from runtime import files, recipe
+from runtime import cost, files, recipe
 from runtime.command import EXAMPLE
 
 ROOT = Path(__file__).parents[1]
@@ -78,11 +79,29 @@ def test_the_real_pairs_tables_are_the_measurement():
     assert len(tables) == 2 and all(table in README for table in tables)
 
 
-def test_the_table_of_slices_is_what_was_compiled():
-    """The TPU table is what benchmarks/slices.py prints from benchmarks/slices.json."""
+def test_the_tables_of_slices_are_what_was_compiled():
+    """Both are what benchmarks/slices.py prints from benchmarks/slices.json, as far as it came."""
     rows = json.loads((ROOT / "benchmarks" / "slices.json").read_text())
-    assert [(row["preset"], row["slice"]) for row in rows] == slices.SLICES
-    assert slices.table(rows) in TEXTS["runtime"]
+    found = [(row["preset"], row["slice"], row["flags"]) for row in rows]
+    assert found == slices.WANTED[: len(rows)] and found
+    tables = slices.table(rows).split("\n\n")
+    assert len(tables) == 2 and all(table in TEXTS["runtime"] for table in tables)
+
+
+@pytest.mark.parametrize("row", json.loads(slices.FILE.read_text()), ids=str)
+def test_what_was_compiled_for_a_slice_does_the_products_of_its_recipe(row):
+    """Queries and window as asked for: the products by hand, what is computed again, and the head
+    of the template on each chip."""
+    config = recipe.parse(["--preset", row["preset"], *row["flags"].split()])
+    asr = connector.hearing(cost.PUBLISHED[config.whisper], config.window)
+    llm, way = cost.PUBLISHED[config.llm], row["recompute"]
+    queries = config.queries or asr.max_target_positions
+    by_hand = sum(test_cost.flops(asr, llm, queries, cost.TEXT).values())
+    assert row["flops"] == by_hand
+    again = test_cost.computed_again(asr, llm, queries, way)
+    mel = test_cost.mel_products(asr) + test_cost.spectrum_products(asr)
+    once = test_cost.shared_products(llm, way) * row["chips"] / config.batch_size
+    assert row["flops_compiled"] == pytest.approx(by_hand + again + mel + once, rel=1e-3)
 
 
 def test_the_shipped_student_is_the_default_run_s():
