@@ -1,15 +1,23 @@
-"""Eight devices on any CPU, so that every test of sharding runs everywhere; a cache of its own."""
+"""Eight devices on any CPU, so that every test of sharding runs everywhere; caches of their own."""
 
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
+import jaxlib
 import pytest
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+if jaxlib.__version__ == "0.10.2":  # its older way, gone since, compiles 3 times as fast
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# What one test has compiled, another finds, and so do the programs that they start.
+compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_PROCESSES"] = "1"  # whatever cluster the tests run on, they run alone
 

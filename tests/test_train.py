@@ -28,8 +28,8 @@ import numpy as np
 import optax
 import pytest
 import soundfile
+import universe
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.image import imread
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -138,22 +138,10 @@ def root(tmp_path_factory) -> Iterator[Path]:
     write_tokenizer(root / "whisper")
     write_clips(root / "cv", 8)
     sharding.SMALL = 64  # so that arrays of this size are split over devices at all
-    # Compile fast, run slowly; and let the process that one test starts find the compiled step.
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(root / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()
-    yield root
-    for name, value in before.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
-    compilation_cache.reset_cache()
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "True"  # of the processes that tests start
+    with universe.compiled_fast():
+        yield root
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 @pytest.fixture(autouse=True)
@@ -374,15 +362,14 @@ def test_a_shorter_window_leaves_longer_clips_out(root, tmp_path, monkeypatch, c
 # ------------------------------------------------------------------------------------ micro-batches
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_micro_batches_add_up_to_the_whole_batch(devices, root, tmp_path):
+@pytest.mark.parametrize(("devices", "size"), [(1, 2), (2, 1)])
+def test_micro_batches_add_up_to_the_whole_batch(devices, size, root, tmp_path):
     """Losses and gradients, to the order of f32 sums, for transcripts of uneven lengths, a clip of
     weight 0 and a part in which nothing counts. A plain mean over the parts is far from it."""
     start = Started(config_of(root, tmp_path, fsdp=devices), jax.devices()[:devices])
     batch = next(start.batches)
     batch["lengths"][:] = [1, 4, 2, 3, 3, 1, 4, 2]
     batch["weights"][:] = [1, 1, 1, 1, 1, 0, 0, 0]
-    batch = sharding.to_devices(batch, start.mesh)
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradients(batch, size):
@@ -390,15 +377,14 @@ def test_micro_batches_add_up_to_the_whole_batch(devices, root, tmp_path):
             more = start.recipe, "attention", size
             return train.gradients(start.params, start.frozen, batch, *more)
 
-    whole = gradients(batch, None)
-    for size in (2, 1):
-        found = gradients(batch, size)
-        assert np.all(found[1][1]) and found[1][1].shape == whole[1][1].shape
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
-            far = np.abs(np.asarray(b, np.float64)).max()
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * far)
-    parts = {name: np.asarray(x)[:4] for name, x in batch.items()}
-    alone = gradients(sharding.to_devices(parts, start.mesh), None)
+    whole = gradients(sharding.to_devices(batch, start.mesh), None)
+    found = gradients(sharding.to_devices(batch, start.mesh), size)
+    assert np.all(found[1][1]) and found[1][1].shape == whole[1][1].shape
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        far = np.abs(np.asarray(b, np.float64)).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * far)
+    batch["weights"][4:] = 0  # the first part alone
+    alone = gradients(sharding.to_devices(batch, start.mesh), None)
     assert abs(float(alone[1][0]["alignment"]) / float(whole[1][0]["alignment"]) - 1) > 1e-3
 
 
@@ -705,20 +691,6 @@ def test_every_state_of_an_answer_is_that_of_the_clip_alone(root, tmp_path):
     np.testing.assert_allclose(metrics["response"], expected, rtol=1e-4)
 
 
-def test_a_run_on_whole_answers_goes_on_as_if_it_had_not_stopped(root, tmp_path, monkeypatch):
-    """Bit for bit, and the teacher is not asked again; the answers belong to the recipe."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    changes = {"response_tokens": 3, "steps": 6, "save_every": 2}
-    train.run(config_of(root, whole, **changes))
-    train.run(config_of(root, cut, until=3, **changes))
-    monkeypatch.setattr(answers, "_ask_some", None)
-    train.run(config_of(root, cut, **changes))
-    a, b = ((folder / "model.safetensors").read_bytes() for folder in (whole, cut))
-    assert a == b
-    with pytest.raises(ValueError, match="response_tokens was 3, now 'all'"):
-        train.run(config_of(root, cut, **changes | {"response_tokens": "all"}))
-
-
 def test_micro_batches_of_answers_add_up_too(root, tmp_path):
     """Answers of uneven lengths in parts of uneven weights."""
     run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
@@ -770,29 +742,39 @@ def test_under_an_instruction_both_read_it_and_nothing_else_changes(
             np.testing.assert_allclose(found[i, :n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_of_the_clips_stand_under_an_instruction_and_keep_it(root, tmp_path, instructions):
-    """Drawn by the seed alone; the teacher answers each under its own; a run goes on bit for bit,
-    even if the file has changed since; another file is another run."""
+def test_half_of_the_clips_stand_under_an_instruction():
+    """Drawn by the seed alone."""
     five = {"prefix": [1], "prefixes": [[1]] * 5}
     drawn, again, other = (answers.draw(five, 10_000, seed)["instruction"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(drawn, again)
     assert (drawn != other).any() and answers.draw({"prefix": [1]}, 10_000, 0) == {}
     shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
     assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
-    changes = {"instructions": str(instructions), "response_tokens": 2, "steps": 4, "save_every": 2}
+
+
+def test_a_run_on_whole_answers_under_instructions_goes_on_as_if_it_had_not_stopped(
+    root, tmp_path, instructions, monkeypatch
+):
+    """Bit for bit, even if the file has changed since, and the teacher is not asked again; answers
+    and instructions belong to the recipe."""
+    changes = {"instructions": str(instructions), "response_tokens": 3, "steps": 4, "save_every": 2}
     changes |= {"watch": "train"}
     train.run(config_of(root, tmp_path / "whole", **changes))
     train.run(config_of(root, tmp_path / "cut", until=2, **changes))
     turn = files.read_json(tmp_path / "cut" / "turn.json")
     assert len(turn["prefixes"]) == 3 and turn["prefixes"][0] == turn["prefix"]
     instructions.write_text("green\n", encoding="utf-8")
+    monkeypatch.setattr(answers, "_ask_some", None)
     train.run(config_of(root, tmp_path / "cut", **changes))
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert a == b
     assert "kl" in rows_of(tmp_path / "whole")[0]  # watched clips stand under none
-    plain = config_of(root, tmp_path / "cut", **changes | {"instructions": None})
-    with pytest.raises(ValueError, match=r"instructions was '.*', now None"):
-        train.run(plain)
+    for name, value, was in (
+        ("instructions", None, r"instructions was '.*', now None"),
+        ("response_tokens", "all", "response_tokens was 3, now 'all'"),
+    ):
+        with pytest.raises(ValueError, match=was):
+            train.run(config_of(root, tmp_path / "cut", **changes | {name: value}))
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -832,12 +814,12 @@ def test_kept_states_are_those_that_every_step_would_compute(root, tmp_path, mon
 def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
     root, tmp_path, monkeypatch
 ):
-    changes = {"steps": 20, "save_every": 4, "frozen_states": "keep"}
+    changes = {"steps": 6, "save_every": 2, "frozen_states": "keep"}
     real, read = recording.load, []
     monkeypatch.setattr(recording, "load", lambda *a, **k: read.append(a) or real(*a, **k))
     train.run(config_of(root, tmp_path / "whole", **changes))
-    assert len(read) == 8 and rows_of(tmp_path / "whole")[-1]["step"] == 19
-    train.run(config_of(root, tmp_path / "cut", until=6, **changes))
+    assert len(read) == 8 and rows_of(tmp_path / "whole")[-1]["step"] == 5
+    train.run(config_of(root, tmp_path / "cut", until=3, **changes))
     train.run(config_of(root, tmp_path / "cut", **changes))
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert a == b
@@ -1098,9 +1080,9 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path):
     for it waits for HEARTBEAT; then JAX may be the first to say why, and ends the process itself.
     """
     out = tmp_path / "killed"
-    processes = start_two_processes(config_of(root, out))
-    wait_for_rows(out, 10, *processes)
-    while not (out / "checkpoints/10").exists():
+    processes = start_two_processes(config_of(root, out, fsdp=1, save_every=5))
+    wait_for_rows(out, 5, *processes)
+    while not (out / "checkpoints/5").exists():
         time.sleep(0.01)
     processes[1].kill()
     output, _ = processes[0].communicate(timeout=sharding.HEARTBEAT + 60)
@@ -1108,7 +1090,7 @@ def test_a_killed_process_ends_the_other_with_a_message(root, tmp_path):
     ours = "error: another process has gone" in output and "the same command again" in output
     assert processes[0].returncode == 1 if ours else processes[0].returncode != 0, output
     assert ours or "another task died" in output, output
-    assert (out / "checkpoints/10").exists()
+    assert (out / "checkpoints/5").exists()
 
 
 def test_sigterm_saves_and_the_printed_command_goes_on(root, finished, tmp_path):

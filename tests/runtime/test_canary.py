@@ -1,8 +1,10 @@
 """What XLA compiles is what float64 NumPy computes, at sizes at which it changes its ways.
 
 One version of it computed wrong sums over rows (see runtime/__init__.py); it would say nothing.
+Here it compiles as it does for users, not in the older way that conftest.py chooses.
 """
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,9 @@ from runtime import attention
 
 AROUND = [size + step for size in (2**14, 2**15, 2**16) for step in (-1, 0, 1)]
 rows = pytest.mark.parametrize("rows", AROUND)
+OLD = jaxlib.__version__ == "0.10.2"
+NEW = {"xla_cpu_use_fusion_emitters": True} if OLD else None
+jit = functools.partial(jax.jit, compiler_options=NEW)
 FAULT = """
 import jax, jax.numpy as jnp, numpy as np, {first}
 x = jnp.stack([jnp.arange(32_769.0), *jnp.zeros((2, 32_769))], axis=1)
@@ -48,10 +53,10 @@ def test_a_sum_of_squares_of_a_product(rows, inner):
     def by_row(x, matrix):
         return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(x)
 
-    close(jax.jit(by_row)(x, matrix), expected)
-    close(jax.jit(lambda x, m: jnp.square(x @ m.T).sum(-1))(x, matrix), expected)
+    close(jit(by_row)(x, matrix), expected)
+    close(jit(lambda x, m: jnp.square(x @ m.T).sum(-1))(x, matrix), expected)
     whole = np.array([expected.sum()])
-    close([jax.jit(lambda x, m: by_row(x, m).sum())(x, matrix)], whole)
+    close([jit(lambda x, m: by_row(x, m).sum())(x, matrix)], whole)
 
 
 @rows
@@ -62,10 +67,10 @@ def test_norms(rows):
     centred = wide - wide.mean(-1, keepdims=True)
     layer = whisper.LayerNorm(jnp.ones(8), jnp.zeros(8))
     expected = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
-    close(jax.jit(lambda x, m: layer(x @ m.T))(x, matrix), expected, 1e-4)  # of nearly equal values
+    close(jit(lambda x, m: layer(x @ m.T))(x, matrix), expected, 1e-4)  # of nearly equal values
     root = llama.RMSNorm(jnp.ones(8), 1e-5)
     expected = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-5)
-    close(jax.jit(lambda x, m: root(x @ m.T))(x, matrix), expected)
+    close(jit(lambda x, m: root(x @ m.T))(x, matrix), expected)
 
 
 @rows
@@ -75,13 +80,13 @@ def test_distances_and_their_means(rows):
     d = student.astype(np.float64) - teacher
     ones = np.ones(rows, np.float32)
     close(
-        [jax.jit(distill_loss.response_l2)(student, teacher, ones)],
+        [jit(distill_loss.response_l2)(student, teacher, ones)],
         [np.linalg.norm(d, axis=-1).mean()],
     )
-    gram = jax.jit(distill_loss.gram_matrix)(matrix)
+    gram = jit(distill_loss.gram_matrix)(matrix)
     centred = (matrix - matrix.mean(0)).astype(np.float64)
     expected = np.linalg.norm(d @ centred.T, axis=-1).mean()
-    close([jax.jit(distill_loss.response_gram)(student, teacher, gram, ones)], [expected])
+    close([jit(distill_loss.response_gram)(student, teacher, gram, ones)], [expected])
 
     def log_softmax(states):
         z = states.astype(np.float64) @ matrix.astype(np.float64).T
@@ -89,7 +94,7 @@ def test_distances_and_their_means(rows):
 
     log_p, log_q = log_softmax(teacher), log_softmax(student)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    close(jax.jit(distill_loss.kl_divergence)(student, teacher, matrix), kl)
+    close(jit(distill_loss.kl_divergence)(student, teacher, matrix), kl)
 
 
 @rows
@@ -101,7 +106,7 @@ def test_attention(rows):
         shares = np.exp(q @ k.T / 2)
         expected = shares / shares.sum(-1, keepdims=True) @ k
         for attend in (attention.attend, lambda *x: attention.by_head(False, *x)):
-            close(jax.jit(attend)(queries, keys, keys)[0, :, 0], expected)
+            close(jit(attend)(queries, keys, keys)[0, :, 0], expected)
 
 
 @rows
@@ -109,7 +114,7 @@ def test_log_mel(rows):
     """Of a recording with so many samples' worth of frames around the size, in hops."""
     samples = 160 * max(2, rows // 64)
     sound = 0.1 * values(1, samples)
-    found = np.asarray(jax.jit(whisper.log_mel, static_argnums=1)(sound, 8))
+    found = np.asarray(jit(whisper.log_mel, static_argnums=1)(sound, 8))
     padded = np.pad(sound[0].astype(np.float64), 200, mode="reflect")
     frames = np.stack([padded[i : i + 400] for i in range(0, samples, 160)])
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
