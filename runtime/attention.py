@@ -108,9 +108,14 @@ def _forward(causal, queries, keys, values):
         total = shares.sum(-1, keepdims=True)
         return jnp.einsum("bts,bsk->btk", shares, values) / total, top + jnp.log(total)
 
-    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values)]
-    heard, log_total = checkpoint_name(jax.lax.map(head, parts), sharding.KEPT)
-    return _join(heard, queries), (queries, keys, values, heard, log_total)
+    def clip(arrays):  # split when its turn comes: its heads are then near
+        one = [x[None] for x in arrays]
+        heard, log_total = jax.lax.map(head, [_split(x, keys.shape[2]) for x in one])
+        return _join(heard, one[0])[0], log_total
+
+    found = jax.lax.map(clip, (queries, keys, values))
+    heard, log_total = checkpoint_name(found, sharding.KEPT)
+    return heard.astype(queries.dtype), (queries, keys, values, heard, log_total)
 
 
 def _backward(causal, saved, upstream):
@@ -118,7 +123,7 @@ def _backward(causal, saved, upstream):
     seen = _seen(causal, queries, keys)
 
     def head(arrays):
-        queries, keys, values, heard, log_total, upstream = _wide(arrays)
+        queries, keys, values, heard, upstream, log_total = _wide(arrays)
         shares = jnp.exp(_scores(queries, keys, seen) - log_total)
         to_values = jnp.einsum("bts,btk->bsk", shares, upstream)
         to_shares = jnp.einsum("btk,bsk->bts", upstream, values)
@@ -128,9 +133,10 @@ def _backward(causal, saved, upstream):
         to_queries = jnp.einsum("bts,bsk->btk", to_scores, keys)
         return to_queries, jnp.einsum("bts,btk->bsk", to_scores, queries), to_values
 
-    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values, upstream)]
-    to = jax.lax.map(head, (*parts[:3], heard, log_total, parts[3]))
-    return tuple(_join(x, like) for x, like in zip(to, (queries, keys, values), strict=True))
+    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values, heard, upstream)]
+    to = jax.lax.map(head, (*parts, log_total.reshape(-1, *log_total.shape[2:])))
+    of = queries, keys, values
+    return tuple(_join(x, y).astype(y.dtype) for x, y in zip(to, of, strict=True))
 
 
 by_head.defvjp(_forward, _backward)
@@ -163,7 +169,6 @@ def _split(x, heads):
 
 
 def _join(parts, like):
-    """[B G, 1, M T, K] -> [B, T, H, K], in the dtype of `like`"""
+    """[B G, 1, M T, K] -> [B, T, H, K], the shape of `like`"""
     batch, positions, heads, width = like.shape
-    whole = parts.reshape(batch, heads, positions, width).transpose(0, 2, 1, 3)
-    return whole.astype(like.dtype)
+    return parts.reshape(batch, heads, positions, width).transpose(0, 2, 1, 3)
