@@ -117,12 +117,12 @@ def prefill(folder: Path, embeds: np.ndarray) -> Callable[[], np.ndarray]:
     return work
 
 
-def answers(folder: Path, ids: np.ndarray, new: int) -> Callable[[], np.ndarray]:
+def answers(path: Path, ids: np.ndarray, new: int) -> Callable[[], np.ndarray]:
     """The `new` greedy tokens that follow each of the prompts `ids` [B, L], with a cache."""
-    path = folder / "llama"
     model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig()  # no token ends an answer
     prompts = torch.tensor(ids)
-    rules = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True}
+    rules = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
     rules |= {"attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
 
     def work():

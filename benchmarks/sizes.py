@@ -12,7 +12,7 @@ import weights
 import whisper
 from runtime import cost
 
-WHISPER_TINY, WHISPER_BASE = cost.whisper_sizes(384, 4), cost.whisper_sizes(512, 6)
+WHISPER_TINY = cost.whisper_sizes(384, 4)
 LLAMA_60M = llama.LlamaConfig(
     hidden_size=512,
     intermediate_size=1536,
@@ -24,13 +24,6 @@ LLAMA_60M = llama.LlamaConfig(
     rms_norm_eps=1e-5,
     rope_theta=500_000.0,
     tie_word_embeddings=True,
-)
-LLAMA_100M = dataclasses.replace(
-    LLAMA_60M,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_attention_heads=12,
-    vocab_size=32_000,
 )
 
 
