@@ -32,8 +32,8 @@ from runtime import command, recording
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
-RUNS = 7
-PROMPT, NEW = 32, 64  # tokens of each prompt and of each answer
+RUNS = 5
+PROMPT, NEW = 32, 32  # tokens of each prompt and of each answer
 BATCHES = 1, 8
 MADE = (64, 6.0), (64, 30.0), (448, 30.0)  # connectors: queries, and seconds of the window
 

@@ -123,7 +123,9 @@ def machine(*packages: str) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}; {versions}"
+    many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = "1 core" if many == 1 else f"{many} cores"
+    return f"{cores} of {names[0] if names else platform.processor()}; {versions}"
 
 
 def fresh(file: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-as_for_users = any(name in word for word in sys.argv for name in ("parity", "real"))
+as_for_users = any(name in word for word in sys.argv for name in ("tests/parity", "tests/real"))
 if jaxlib.__version__ == "0.10.2" and not as_for_users:  # a step compiles 3 times as fast
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # its older way, gone since
 # What one test has compiled, another finds, and so do the programs that they start.
