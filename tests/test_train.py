@@ -793,13 +793,18 @@ def test_a_file_without_an_instruction_is_refused(root, tmp_path, instructions, 
 # --------------------------------------------------------------------------- states that are kept
 
 
-def test_kept_states_are_those_that_every_step_would_compute(root, tmp_path, monkeypatch):
-    """With answers and instructions too, on eight devices: the same losses and the same student, to
-    the order of a sum; and a clip that cannot be decoded still has weight 0."""
+@pytest.mark.parametrize("instructed", [True, False])
+def test_kept_states_are_those_that_every_step_would_compute(
+    instructed, root, tmp_path, monkeypatch
+):
+    """With answers, each clip under a prefix of its own or all under one, on eight devices: the
+    same losses and the same student, to the order of a sum; and a clip that cannot be decoded still
+    has weight 0."""
     folder, lines = clone_data(root, tmp_path, monkeypatch), tmp_path / "lines.txt"
     lines.write_text("red\nblue dog cat one\n", encoding="utf-8")
     (folder / "clips/3.wav").write_bytes(b"no sound")
-    changes = {"response_tokens": 3, "instructions": str(lines), "max_undecodable": 1.0, "steps": 6}
+    changes = {"response_tokens": 3, "max_undecodable": 1.0, "steps": 6}
+    changes |= {"instructions": str(lines)} if instructed else {}
     rows = {}
     for how in ("compute", "keep"):
         train.run(config_of(root, tmp_path / how, **changes, frozen_states=how))
