@@ -127,8 +127,8 @@ class Attention(eqx.Module):
     head_width: int = eqx.field(static=True)
 
     def __call__(self, x, angles, cache=None, seen=None, before=None):
-        """x [B, L, E]. Causal over x, and what stands `before` it; or over what is `seen` of a
-        cache."""
+        """x [B, L, E]. Causal over x, and what stands `before` it; or over what is `seen` of layer
+        n's part of a cache, which is (n, positions of x, keys and values of all layers)."""
         queries, keys, values = (
             proj(x).reshape(*x.shape[:2], -1, self.head_width)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -137,22 +137,16 @@ class Attention(eqx.Module):
         if cache is None:
             heard = attention.attend(queries, keys, values, causal=True, before=before)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
-        positions, *cached = cache
+        n, positions, cached = cache
         queries, *new = sharding.to_clips((queries, keys, values))
-        keys, values = (
-            sharding.on_own_clips(write, old, fresh[:, 0], positions)
-            for old, fresh in zip(cached, new, strict=True)
-        )
-        heard = attention.attend_one(queries[:, 0], keys, values, seen)
-        heard = sharding.to_weights(heard.reshape(*x.shape[:2], -1))
-        return self.o_proj(heard), (keys, values)
 
+        def write(all_layers, one, at):  # in place, at each row's own position
+            return all_layers.at[jnp.arange(len(one)), n, :, at].set(one[:, 0])
 
-def write(
-    cache: Float[Array, "B G C K"], new: Float[Array, "B G K"], positions: Int[Array, "B"]
-) -> Float[Array, "B G C K"]:
-    """The cache with each row's new keys, or values, at its own position."""
-    return cache.at[jnp.arange(len(cache)), :, positions].set(new)
+        pairs = zip(cached, new, strict=True)
+        cached = tuple(sharding.on_own_clips(write, *pair, positions) for pair in pairs)
+        heard = attention.attend_one(queries[:, 0], *(x[:, n] for x in cached), seen)
+        return self.o_proj(sharding.to_weights(heard.reshape(*x.shape[:2], -1))), cached
 
 
 class MLP(eqx.Module):
@@ -181,7 +175,7 @@ class Layer(eqx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
-Cache = tuple[Float[Array, "N B G C K"], Float[Array, "N B G C K"]]  # keys (rotated), values
+Cache = tuple[Float[Array, "B N G C K"], Float[Array, "B N G C K"]]  # keys (rotated), values
 
 
 class LlamaModel(eqx.Module):
@@ -245,7 +239,7 @@ class Llama(eqx.Module):
 
         x, cache = jax.lax.scan(layer, sharding.by_clip(embeds), self.model.layers)
         cache = jax.tree.map(
-            lambda kv: jnp.pad(kv.swapaxes(2, 3), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))),
+            lambda kv: jnp.pad(kv.transpose(1, 0, 3, 2, 4), [(0, 0)] * 3 + [(0, room), (0, 0)]),
             cache,
         )
         last = sharding.on_own_clips(lambda x, n: x[jnp.arange(len(x)), n - 1], x, lengths)
@@ -258,13 +252,14 @@ class Llama(eqx.Module):
         angles = self.angles(positions[:, None])
         seen = jnp.arange(cache[0].shape[3]) <= positions[:, None]
 
-        def layer(x, module_and_cache):
-            module, (keys, values) = module_and_cache
-            x, keys_values = module(x, angles, (positions, keys, values), seen)
-            return sharding.to_weights(x), keys_values
+        def layer(state, numbered):
+            (x, cache), (n, module) = state, numbered
+            x, cache = module(x, angles, (n, positions, cache), seen)
+            return (sharding.to_weights(x), cache), None
 
-        x = sharding.to_weights(self.embed(ids[:, None]))
-        x, cache = jax.lax.scan(layer, x, (self.model.layers, cache))
+        start = sharding.to_weights(self.embed(ids[:, None])), cache
+        numbered = jnp.arange(self.config.num_hidden_layers), self.model.layers
+        x, cache = jax.lax.scan(layer, start, numbered)[0]
         return self.model.norm(x[:, 0]), cache
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:

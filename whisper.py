@@ -215,19 +215,19 @@ class DecoderLayer(eqx.Module):
         heard = self.encoder_attn.keys_values(states)
         return self.think(x + self.encoder_attn.attend(self.encoder_attn_layer_norm(x), *heard))
 
-    def step(self, x, cache, position):
-        """One token [B, 1, D] at `position`, with this layer's cache; returns x and what of the
-        cache has changed."""
+    def step(self, x, n, said, cross, position):
+        """One token [B, 1, D] at `position` of layer n, with all layers' keys and values of what
+        was `said`, where those of the token are written in place, and its own `cross`."""
         normal = self.self_attn_layer_norm(x)
         new = sharding.to_clips(heads_first(self.self_attn.keys_values(normal)))
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, fresh, position, 2)
-            for old, fresh in zip(cache["self"], new, strict=True)
+        said = tuple(
+            jax.lax.dynamic_update_slice(old, one[None], (n, 0, 0, position, 0))
+            for old, one in zip(said, new, strict=True)
         )
-        seen = jnp.arange(keys.shape[2])[None] <= position
-        x = x + self.self_attn.attend_one(normal, keys, values, seen)
-        x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cache["cross"])
-        return sharding.to_weights(self.think(x)), (keys, values)
+        seen = jnp.arange(said[0].shape[3])[None] <= position
+        x = x + self.self_attn.attend_one(normal, *(kv[n] for kv in said), seen)
+        x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cross)
+        return sharding.to_weights(self.think(x)), said
 
     def think(self, x):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
@@ -329,12 +329,13 @@ class Decoder(eqx.Module):
         x = sharding.to_weights(self.embed(ids[:, None]))
         x = x + self.embed_positions.weight[position].astype(x.dtype)
 
-        def layer(x, layer_and_cache):
-            module, cache = layer_and_cache
-            return module.step(x, cache, position)
+        def layer(state, numbered):
+            (x, said), (n, module, cross) = state, numbered
+            return module.step(x, n, said, cross, position), None
 
-        x, own = jax.lax.scan(layer, x, (self.layers, cache))
-        return self.logits(self.layer_norm(x[:, 0])), cache | {"self": own}
+        layers = jnp.arange(len(cache["cross"][0])), self.layers, cache["cross"]
+        x, said = jax.lax.scan(layer, (x, cache["self"]), layers)[0]
+        return self.logits(self.layer_norm(x[:, 0])), cache | {"self": said}
 
     @staticmethod
     def init(c: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> "Decoder":

@@ -135,7 +135,7 @@ def test_of_a_split_llm_no_device_holds_the_table_or_two_layers():
     prefill = lowered(generate._prefill, llm, llm.embed(ids), lengths, 12)
     assert moved(prefill) == layer
     hidden, cache = generate._prefill(llm, llm.embed(ids), lengths, 12)
-    assert {shard.data.shape[1] for shard in cache[0].addressable_shards} == {B // 8}
+    assert {shard.data.shape[0] for shard in cache[0].addressable_shards} == {B // 8}
     how = (lengths, 0, jax.random.key(0), 0.0, 1.0)
     step = lowered(generate._next, llm, hidden, cache, *how)
     assert moved(step) == B * 64 < table / 8
