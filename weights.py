@@ -389,7 +389,7 @@ def describe(published: Published, folder: Path, devices: int) -> list[str]:
         for name in sorted(name for name, holder in file_of.items() if holder == file):
             found = opened.get_slice(name)
             stored[name] = (tuple(found.get_shape()), found.get_dtype())
-    mesh = jax.sharding.AbstractMesh((1, devices), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, devices), sharding.AXES)
     template = published.template
     places = jax.tree.leaves(sharding.shardings(template, mesh))
     kinds = f"{'array of the tree':44} {'tensors in the file':24} {'dtype':5}"

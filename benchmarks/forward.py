@@ -2,8 +2,9 @@
 
 Needs `pip install '.[parity]'`. Log-mel, Whisper's encoder, and the LLM's prefill (hidden states of
 a prompt, and its cache), with random weights in the sizes of Whisper-tiny and a Llama of 60 million
-parameters, in float32 on the CPU. The results are compared before anything is timed. Prints
-README's table; runs/benchmarks/forward.json keeps it.
+parameters, in float32 on the CPU. The results are compared before anything is timed; the share is
+that of a large matrix product's rate, in the same run. Prints README's table;
+runs/benchmarks/forward.json keeps it.
 """
 
 import tempfile
@@ -20,6 +21,7 @@ import tyro
 import llama
 import whisper
 from benchmarks import side_by_side, sizes
+from runtime import cost
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 15
@@ -67,18 +69,19 @@ def prefill(folder: Path) -> Callable[[], np.ndarray]:
     return work
 
 
-def measure(name: str, makers: dict[str, tuple]) -> dict[str, Any]:
+def measure(name: str, flops: float, makers: dict[str, tuple]) -> dict[str, Any]:
     """How far all sides agree with the first, and their seconds. Raises above AGREE."""
-    with side_by_side.sides(makers) as made:
-        results = {side: made[side].run() for side in made}
+    with side_by_side.sides(makers | {"products": (side_by_side.products,)}) as made:
+        results = {side: made[side].run() for side in makers}
         ours, *others = results.values()
         scale = 1.0 if name == "log-mel" else float(np.abs(ours).max())
         apart = max(float(np.abs(ours - other).max()) / scale for other in others)
         assert apart <= AGREE, (name, apart)
         seconds = side_by_side.take_turns(made, RUNS)
-    here = seconds.pop("here")
+    here, rate = seconds.pop("here"), side_by_side.rate(seconds.pop("products"))
     return {
         "name": name,
+        "share": flops / median(here) / rate,
         "apart": apart,
         "seconds": median(here),
         "peers": {
@@ -90,13 +93,17 @@ def measure(name: str, makers: dict[str, tuple]) -> dict[str, Any]:
 
 def table(measured: dict[str, Any]) -> str:
     """README's table."""
-    lines = ["| | here, ms | transformers, ms | here is faster |", "|---|--:|--:|--:|"]
+    lines = [
+        "| | here, ms | share of products' rate | transformers, ms | here is faster |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for row in measured["rows"]:
+        share = f"{row['share']:.2f}" if row["share"] else ""  # log-mel is no product
         for peer, theirs in row["peers"].items():
             name = f"{row['name']}, {peer}" if len(row["peers"]) > 1 else row["name"]
             lines.append(
-                f"| {name} | {1e3 * row['seconds']:.1f} | {1e3 * theirs['seconds']:.1f} "
-                f"| {theirs['ratio']:.2f} |"
+                f"| {name} | {1e3 * row['seconds']:.1f} | {share} "
+                f"| {1e3 * theirs['seconds']:.1f} | {theirs['ratio']:.2f} |"
             )
     return "\n".join(lines)
 
@@ -122,7 +129,9 @@ def main() -> None:
                 "transformers": (peer.prefill, folder, embeds()),
             },
         }
-        rows = [measure(name, makers) for name, makers in sides.items()]
+        work = cost.flops(sizes.WHISPER_TINY, sizes.LLAMA_60M, 0, PROMPT, 0)
+        flops = {"log-mel": 0, "encoder": work["encoder"], "prefill": work["teacher"]}
+        rows = [measure(name, BATCH * flops[name], makers) for name, makers in sides.items()]
     machine = side_by_side.machine("jax", "torch", "transformers")
     side_by_side.keep(FILE, {"machine": machine, "rows": rows}, table)
 

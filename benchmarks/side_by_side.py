@@ -3,6 +3,9 @@
 Each side lives in a process of its own, so that neither shares threads, allocator or memory with
 the other; and they take turns, one run each, so that a noisy machine disturbs both. A figure is the
 median of the runs, a ratio the median of the ratios of neighbouring runs.
+
+Pinned to one core (`taskset -c 0 python -m ...`) a process is never faster than its core: there its
+own CPU seconds are taken, which other work on that core does not add to.
 """
 
 import ctypes
@@ -19,6 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+LARGE = 2048  # rows and columns of the matrices whose product sets the machine's rate
 MIB = 2.0**20
 CLEAR = Path("/proc/self/clear_refs")
 _work: Callable[[], Any]  # of a side, in its process
@@ -47,10 +54,29 @@ def _run() -> Any:
     return _work()
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _timed() -> float:
-    start = time.perf_counter()
+    clock = time.process_time if cores() == 1 else time.perf_counter
+    start = clock()
     _work()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def products() -> Callable[[], jax.Array]:
+    """For a side: one large matrix product in float32, which is what a machine does fastest."""
+    square, product = jax.random.normal(jax.random.key(0), (LARGE, LARGE)), jax.jit(jnp.matmul)
+    return lambda: product(square, square).block_until_ready()
+
+
+def rate(seconds: list[float]) -> float:
+    """FLOP/s of `products`."""
+    return 2 * LARGE**3 / median(seconds)
 
 
 def _peak() -> int:
@@ -123,9 +149,8 @@ def machine(*packages: str) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = "1 core" if many == 1 else f"{many} cores"
-    return f"{cores} of {names[0] if names else platform.processor()}; {versions}"
+    many = "1 core" if cores() == 1 else f"{cores()} cores"
+    return f"{many} of {names[0] if names else platform.processor()}; {versions}"
 
 
 def fresh(file: Path) -> Path:

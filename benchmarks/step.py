@@ -3,8 +3,8 @@
 Needs `pip install '.[parity]'`. Two programs with the same weights, batch, losses and optimizer, in
 float32 on the CPU: train.py's own step; and the same DiVA made of transformers' Whisper and Llama
 (benchmarks/peer.py), eager and under torch.compile. First it is shown that both losses and the
-gradient of every trained tensor agree; then the sides take turns. Prints README's table;
-runs/benchmarks/step.json keeps it.
+gradient of every trained tensor agree; then the sides take turns, and a large matrix product with
+them, whose rate theirs is a share of. Prints README's table; runs/benchmarks/step.json keeps it.
 """
 
 import dataclasses
@@ -126,6 +126,15 @@ def agreement(
     return found
 
 
+def flops(folder: Path, batch: dict[str, np.ndarray]) -> float:
+    """Of one step, by hand."""
+    asr, (_, llm) = connector.heard_by(folder), connector.references(folder)
+    queries = files.read_json(folder / "config.json")["queries"]
+    size, text = batch["ids"].shape
+    given = asr, cost.sizes_of(llama.LlamaConfig, llm), queries, len(batch["suffix"]), text
+    return size * sum(cost.flops(*given, before=len(batch["prefix"])).values())
+
+
 def measure(
     models: str, preset: str, folder: Path, size: int, turn: tuple[list[int], list[int]]
 ) -> dict:
@@ -137,15 +146,17 @@ def measure(
     queries = files.read_json(folder / "config.json")["queries"]
     row: dict[str, Any] = {"models": models, "batch": size, "queries": queries}
     row["agreement"] = agreement(folder, batch, config)
+    row["flops"] = flops(folder, batch)
     makers = {
         "here": (training, folder, batch, config),
         "eager": (peer.training, folder, batch, config, False),
         "compiled": (peer.training, folder, batch, config, True),
     }
-    with side_by_side.sides(makers) as made:
+    with side_by_side.sides(makers | {"products": (side_by_side.products,)}) as made:
         seconds = side_by_side.take_turns(made, RUNS[models])
-        peaks = {name: side_by_side.peak(side) for name, side in made.items()}
-        losses = {name: side.run() for name, side in made.items()}
+        peaks = {name: side_by_side.peak(made[name]) for name in makers}
+        losses = {name: made[name].run() for name in makers}
+    row["rate"] = side_by_side.rate(seconds["products"])
     for name in makers:
         row[name] = {
             "seconds": median(seconds[name]),
@@ -160,8 +171,9 @@ def measure(
 def table(measured: dict[str, Any]) -> str:
     """README's table."""
     lines = [
-        "| models, batch, queries | | step, ms | here is faster | peak memory, MiB | here / it |",
-        "|---|---|--:|--:|--:|--:|",
+        "| models, batch, queries | | step, ms | share of products' rate | here is faster "
+        "| peak memory, MiB | here / it |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     names = {"here": "here", "eager": "PyTorch, eager", "compiled": "PyTorch, torch.compile"}
     for row in measured["rows"]:
@@ -173,6 +185,7 @@ def table(measured: dict[str, Any]) -> str:
                 models if ours else "",
                 shown,
                 f"{1e3 * side['seconds']:.0f}",
+                f"{row['flops'] / side['seconds'] / row['rate']:.2f}",
                 "" if ours else f"{side['ratio']:.2f}",
                 f"{side['peak'] / side_by_side.MIB:,.0f}",
                 "" if ours else f"{side['memory_ratio']:.2f}",

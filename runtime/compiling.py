@@ -317,9 +317,10 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
 def slice_report(config: Any, found: SliceProgram) -> str:
     """What the step would take on the slice of TPUs that `--compile-only` names."""
     kind, mesh = found.devices[0].device_kind, found.mesh
+    grid = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items())
     return (
-        f"{config.preset} on {config.compile_only}: {mesh.size} x {kind}, mesh "
-        f"{mesh.shape['data']} data x {mesh.shape['fsdp']} fsdp, {config.batch_size} clips\n"
+        f"{config.preset} on {config.compile_only}: {mesh.size} x {kind}, mesh {grid}, "
+        f"{config.batch_size} clips\n"
         f"frozen weights {frozen_on(mesh)}, backward recomputes {found.recompute}; "
         f"compiled in {found.seconds:.0f} s\n\n"
         + report(

@@ -8,7 +8,8 @@ A program is a list of computations, and a computation a list of lines, each an 
 
 TPUs write every product as a convolution. A program for a TPU is scheduled: its lines are in the
 order in which a chip starts them. What it sends goes on beside what stands between a line of a
-kind -start and its -done, or in one fusion with it; all else waits.
+kind -start and its -done, or in one fusion with it; all else waits. Of some the two are fusions,
+called async-collective-start and -done, and fusions between them take it a part further.
 
 Reads: nothing of ours.   Read next: compiling.py.
 """
@@ -66,30 +67,35 @@ class Program:
         self.shapes = {name: shape for name, shape, *_ in ops}
         self.flops, self.collectives = 0.0, defaultdict(Collective)
         self.beside: list[tuple[int, float, float]] = []  # times, bytes that travel, FLOPs
-        self.channels: set[str] = set()
         self._walk(entry, 1)
 
     def _walk(self, name: str, times: int) -> None:
         going: dict[str, list[float]] = {}  # collectives that were started and are not yet done
         for op, shape, kind, operands, rest in self.computations[name]:
             flops, sent = self.flops, self.sent
+            begins = kind.endswith("-start") or op.startswith("async-collective-start")
+            ends = kind.endswith("-done") or op.startswith("async-collective-done")
             if kind in ("convolution", "dot"):
                 count = _convolution if kind == "convolution" else _dot
                 self.flops += times * count(shape, *self._shapes(operands), rest)
             base = kind.removesuffix("-start")
-            if base in TRAVEL and self._is_new(rest):
-                self.collectives[base] += self._collective(kind, shape, operands, rest, times)
+            if base in TRAVEL and not name.startswith("async_collective_fusion"):
+                # what is summed and cut at once, each chip its own part, travels half as far
+                base = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
+                self.collectives[base] += self._collective(base, kind, shape, operands, rest, times)
             turns = self._turns(rest) if kind == "while" else 1
             for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", rest):
-                self._walk(called, times * turns)
+                if not ends:
+                    self._walk(called, times * turns)
             flops, sent = (self.flops - flops) / times, (self.sent - sent) / times
             for travel_and_flops in going.values():
-                travel_and_flops[1] += flops
-            if kind.endswith("-start") and sent:
+                travel_and_flops[1] += flops / len(going)  # those that go on share the time
+            if begins and sent:
                 going[op] = [sent, 0.0]
-            elif kind.endswith("-done"):
-                for started in re.findall(r"%([\w.\-]+)", operands):
-                    self._hide(times, *going.pop(started, (0.0, 0.0)))
+            elif ends:
+                fused = kind == "fusion"
+                for begun in [op.replace("-done", "-start")] if fused else _names(operands):
+                    self._hide(times, *going.pop(begun, (0.0, 0.0)))
             elif kind == "fusion":  # one that computes while it sends
                 self._hide(times, sent, flops)
 
@@ -108,17 +114,8 @@ class Program:
         each = (times * min(sent / links, work / flops) for times, sent, work in self.beside)
         return sum(each, 0.0)
 
-    def _is_new(self, rest: str) -> bool:
-        """False for another part of a collective that runs beside products, in several parts."""
-        channel = re.search(r"channel_id=(\d+)", rest)
-        if channel is None or channel[1] in self.channels:
-            return channel is None
-        self.channels.add(channel[1])
-        return True
-
     def _shapes(self, operands: str) -> list[str]:
-        names = re.findall(r"%([\w.\-]+)", operands)
-        return [self.shapes[name] for name in names]
+        return [self.shapes[name] for name in _names(operands)]
 
     def _turns(self, rest: str) -> int:
         """How often a loop runs: written beside it, or the constant that its condition compares, by
@@ -132,15 +129,19 @@ class Program:
         ends = [op for _, _, kind, op, _ in condition if kind == "constant" and op.isdigit()]
         return math.ceil(max(map(int, ends), default=1) / _step(condition, body))
 
-    def _collective(self, kind: str, shape: str, operands: str, rest: str, times: int):
+    def _collective(self, base: str, kind: str, shape: str, operands: str, rest: str, times: int):
         arrays, given = _arrays(shape), self._shapes(operands)
-        if kind == "reduce-scatter":
+        if base == "reduce-scatter":
             arrays = _arrays(" ".join(given))
         elif kind in ("all-gather-start", "collective-permute-start"):  # operands, results, rest
             arrays = arrays[len(given) : 2 * len(given)]
         size = sum(math.prod(dims) * bits / 8 for bits, dims in arrays)
-        travel = size * TRAVEL[kind.removesuffix("-start")](_group(rest, self.chips))
+        travel = size * TRAVEL[base](_group(rest, self.chips))
         return Collective(times, times * size, times * travel)
+
+
+def _names(operands: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", operands)
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple]], str]:

@@ -1,18 +1,19 @@
 """Sharding: where every array lives, and how a stack of layers runs when no device holds it whole.
 
-    mesh             devices as a grid [data, fsdp]
-    batch            split over both axes: every device has its own clips, and they never move
-    trained arrays   split over both axes, and so are their gradients and their optimizer
-    frozen arrays    split over fsdp, copied over data: on a grid [n, 1] whole on every device
+    mesh             devices as a grid [replica, data, fsdp]
+    batch            split over all axes: every device has its own clips, and they never move
+    trained arrays   split over data and fsdp, and so are their gradients and their optimizer
+    frozen arrays    split over fsdp: on a grid [., n, 1] whole on every device
     small arrays     copied to every device
 
 A device computes with whole layers on its own clips. So just before a layer runs, its pieces are
-gathered from all devices, in the compute dtype, and behind it they are forgotten; its gradient is
-summed over the devices and split again. That is "fully sharded data parallelism", the same sums as
-on one device. It pays for what is trained, which takes 16 bytes a weight with its gradient and its
-optimizer. What is frozen takes 2, and stands still wherever it fits. Written down here once, it
-holds for the encoder, the connector and the LLM. With which collectives, XLA decides: on a 3-D
-torus it gathers by adding up pieces padded with zeros.
+gathered from the devices of its replica, in the compute dtype, and behind it they are forgotten;
+its gradient is summed over all devices and split again. That is "fully sharded data parallelism",
+the same sums as on one device. It pays for what is trained, which takes 16 bytes a weight with its
+gradient and its optimizer. What is frozen takes 2, and stands still wherever it fits. Written down
+here once, it holds for the encoder, the connector and the LLM. With which collectives, XLA decides:
+over all of 64 or more chips it would gather by adding up pieces padded with zeros, which is twice
+the traffic; so large slices are replicas of NEAR devices ("hybrid sharding").
 
 Where one token is computed at a time, that is turned around: it goes to the pieces of the weights.
 
@@ -37,14 +38,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
-AXES = ("data", "fsdp")
-FROZEN, TRAINED = ("fsdp",), AXES  # over which axes large arrays are split
+AXES = ("replica", "data", "fsdp")
+FROZEN, TRAINED = AXES[2:], AXES[1:]  # over which axes large arrays are split
+COPIES = AXES[:2]  # of what is frozen
+NEAR = 16  # devices over which what is trained is split, at most, unless what is frozen is
 WEIGHTS = 0.8  # of a device's memory: the rest is for what is computed
 SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
 
 
 def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
-    """All devices as a grid [data, fsdp]. Raises ValueError if batch or fsdp does not fit them."""
+    """All devices as a grid [replica, data, fsdp]. Raises ValueError if batch or fsdp does not fit
+    them."""
     devices = jax.devices() if devices is None else devices
     fsdp = len(devices) if fsdp is None else fsdp
     if fsdp < 1 or len(devices) % fsdp:
@@ -55,10 +59,12 @@ def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> 
             f"expected a multiple of {len(devices)}, such as "
             f"{max(1, round(batch_size / len(devices))) * len(devices)}."
         )
-    shape = (len(devices) // fsdp, fsdp)
+    copies = len(devices) // fsdp
+    data = max(n for n in range(1, copies + 1) if copies % n == 0 and (n == 1 or n * fsdp <= NEAR))
+    shape = (copies // data, data, fsdp)
     # jax.make_mesh would refuse the grids for which an axis of a torus has to be cut in two
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def grids(batch_size: int, fsdp: int | None = None, devices: Any = None) -> list[Mesh]:
@@ -82,8 +88,8 @@ def compute_dtype(platform: str) -> str:
 def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
     """The devices of this process, for models that answer. None: the first one alone.
 
-    Models that do not fit one device are split over all of them, [1, n]. Of those that do, each
-    device has a copy, [n, 1], if there are clips to `share`.
+    Models that do not fit one device are split over all of them, [1, 1, n]. Of those that do, each
+    device has a copy, [1, n, 1], if there are clips to `share`.
     """
     devices, leaves = jax.local_devices(), jax.tree.leaves(templates)
     room = WEIGHTS * room_here()
@@ -108,13 +114,20 @@ def spec(shape: tuple[int, ...], parts: int, first: int = 0, over: tuple[str, ..
     return P(*[None] * max(fitting, key=lambda axis: shape[axis]), over)
 
 
+def parts_of(mesh: Mesh | AbstractMesh, over: str | tuple[str, ...] | None) -> int:
+    """Of an axis that is split over one of the mesh's axes, or over several."""
+    return math.prod(
+        mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ())
+    )
+
+
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, over: tuple[str, ...] = FROZEN) -> Any:
     """The rule for every array of a model, or, over TRAINED, its gradients and its optimizer.
 
     The layer axis of a stack stays whole, since lax.scan runs along it; so do the rows of a lookup
     table: each device looks up its own columns, and only the rows found need to travel.
     """
-    parts = math.prod(mesh.shape[axis] for axis in over)
+    parts = parts_of(mesh, over)
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
         names = {getattr(key, "name", None) for key in path}
@@ -181,8 +194,7 @@ def constrain(x: Array, where: P) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    parts = {None: 1, AXES: math.prod(mesh.shape.values())} | dict(mesh.shape)
-    shared = (n % parts[axis] == 0 for axis, n in zip(where, x.shape, strict=False))
+    shared = (n % parts_of(mesh, axes) == 0 for axes, n in zip(where, x.shape, strict=False))
     where = P(*(axis if fits else None for axis, fits in zip(where, shared, strict=True)))
     return jax.lax.with_sharding_constraint(x, where)
 
@@ -207,7 +219,7 @@ def micro_batches(batch: dict[str, Array], size: int) -> dict[str, Array]:
 def to_weights(x: Array) -> Array:
     """Few positions go to all devices that share a copy of the weights: for one token of each clip
     that is a thousandth of what the weights would be on their way to the clips."""
-    return constrain(x, P("data"))
+    return constrain(x, P(COPIES))
 
 
 def to_clips(tree: PyTree) -> PyTree:
@@ -226,7 +238,7 @@ def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """`function(*arrays)` by each device for its own clips: for what XLA does not split, such as
     FFTs and loops over clips."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or len(arrays[0]) % math.prod(mesh.shape.values()):
+    if mesh.empty or len(arrays[0]) % mesh.size:
         return function(*arrays)
     return jax.shard_map(function, mesh=mesh, in_specs=P(AXES), out_specs=P(AXES))(*arrays)
 
@@ -243,7 +255,7 @@ def _gathered_forward(piece: Array):
 
 def _gathered_backward(_: None, gradient: Array):
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else mesh.size
+    parts = 1 if mesh.empty else parts_of(mesh, TRAINED)
     return (constrain(gradient, spec(gradient.shape, parts, over=TRAINED)),)
 
 
@@ -267,8 +279,8 @@ def gather_rows(some: Float[Array, "rows E"]) -> Float[Array, "rows E"]:
 
 def lookup(table: Float[Array, "rows E"], ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
     """`table[ids]`: each device finds all rows in its own columns, then each clip gets its rows."""
-    found = table[constrain(ids, P("data"))]
-    return by_clip(constrain(found, P("data", None, "fsdp")))
+    found = table[constrain(ids, P(COPIES))]
+    return by_clip(constrain(found, P(COPIES, None, "fsdp")))
 
 
 KEPT = "kept"  # checkpoint_name of results that cost more to compute again than to keep

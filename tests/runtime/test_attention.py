@@ -211,7 +211,7 @@ def test_cudnn_attends_where_it_can(platform, capability, dtype, width, expected
 
 def abstract_mesh(platform: str | None):
     device = platform and AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-    return AbstractMesh((2, 4), sharding.AXES, abstract_device=device)
+    return AbstractMesh((1, 2, 4), sharding.AXES, abstract_device=device)
 
 
 def test_the_platform_is_that_of_the_named_mesh_or_of_this_process(monkeypatch):

@@ -513,7 +513,7 @@ def test_the_chips_that_take_part_in_a_collective(groups, chips):
 
 def test_every_kind_of_collective():
     """Its bytes are those of the whole arrays; of them travel (n - 1) / n, twice in an all-reduce;
-    one that is split in a start and a done, or in parts with one channel, is one."""
+    one that is split in a start and a done is one, and two that share a channel are two."""
     groups = "replica_groups=[2,4]<=[8]"
     found = entry(
         "%p = f32[4,16]{1,0} parameter(0)",
@@ -532,13 +532,13 @@ def test_every_kind_of_collective():
         "%c1 = (f32[4,16]{1,0}, f32[4,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) "
         "collective-permute-start(%p), channel_id=8, source_target_pairs={{0,1},{1,0}}",
         "%c2 = f32[4,16]{1,0} collective-permute-done(%c1)",
-        *(GATHER.format(n=9, groups=groups).replace("%g9", f"%g9.{part}") for part in range(3)),
+        *(GATHER.format(n=9, groups=groups).replace("%g9", f"%g9.{one}") for one in range(2)),
         "%add.1 = f32[4,16]{1,0} add(%p, %p)",
     ).collectives
     p, q = 4.0 * 16 * 4, 16.0 * 16 * 2
-    gathered = 4 * p + 4 * p + (4 * p + 4 * q) + 8 * 16 * 2
+    gathered = 4 * p + 4 * p + (4 * p + 4 * q) + 2 * (8 * 16 * 2)
     assert dict(found) == {
-        "all-gather": hlo.Collective(4, gathered, gathered * 3 / 4),
+        "all-gather": hlo.Collective(5, gathered, gathered * 3 / 4),
         "all-reduce": hlo.Collective(2, 2 * p + q, (2 * p + q) * 2 * 3 / 4),
         "reduce-scatter": hlo.Collective(1, q, q * 3 / 4),
         "all-to-all": hlo.Collective(1, p / 2, p / 2 * 3 / 4),
@@ -588,6 +588,43 @@ ENTRY %main (p: bf16[125,1000]) -> bf16[1000,1000] {{
     assert found.hidden(1e9, 1e3) == pytest.approx(2 * 4 + 2)  # the links take 1,750 s
     assert found.hidden(1e9, size / 3) == pytest.approx(2 * 3 + 2)
     assert found.hidden(1e3, size) == pytest.approx(2 * 1 + 1)
+
+
+def test_a_collective_in_parts_is_one_and_goes_on_beside_the_products_between_them():
+    """TPUs start it in one fusion, take it further in others that multiply, and end it in a last
+    one; two that go on at the same time share it. A sum of which each chip keeps its own part is a
+    reduce-scatter."""
+    gather = "bf16[1000,1000]{{1,0}} all-gather(%p), channel_id={}, replica_groups=[1,8]<=[8]"
+    product = "bf16[1000,1000]{1,0} dot(%w, %w), lhs_contracting_dims={1}"
+
+    def computation(name: str, *lines: str) -> str:
+        given = "  %p = bf16[125,1000]{1,0} parameter(0)\n"
+        lines = "".join(f"  %{name}.{n} = {line}\n" for n, line in enumerate(lines))
+        return f"%{name} (p: bf16[125,1000]) -> bf16[1000,1000] {{\n{given}{lines}}}\n\n"
+
+    def fusion(op: str, called: str) -> str:
+        return f"  %{op} = bf16[1000,1000]{{1,0}} fusion(%p), kind=kCustom, calls=%{called}\n"
+
+    summed = "bf16[1000,1000]{1,0} all-reduce(%w), channel_id=1, replica_groups=[1,8]<=[8]"
+    lines = "HloModule by_hand, is_scheduled=true\n\n"
+    lines += "".join(computation(f"one.{n}", gather.format(n)) for n in range(4))
+    lines += computation("async_collective_fusion.1", gather.format(1), product)
+    lines += computation("all-reduce-scatter.1", summed)
+    lines += "ENTRY %main (p: bf16[125,1000]) -> bf16[1000,1000] {\n"
+    lines += "  %p = bf16[125,1000]{1,0} parameter(0)\n  %w = bf16[1000,1000]{1,0} parameter(1)\n"
+    lines += fusion("async-collective-start.7", "one.0") + f"  %y.1 = {product}\n"
+    lines += fusion("async-collective-start", "one.1")
+    lines += fusion("fusion.3", "async_collective_fusion.1") + f"  %y.2 = {product}\n"
+    lines += fusion("async-collective-done.7", "one.2") + f"  %y.3 = {product}\n"
+    lines += fusion("async-collective-done", "one.3") + fusion("f", "all-reduce-scatter.1") + "}\n"
+    found = program(lines)
+    size = 2e6
+    assert dict(found.collectives) == {
+        "all-gather": hlo.Collective(2, 2 * size, 2 * size * 7 / 8),
+        "reduce-scatter": hlo.Collective(1, size, size * 7 / 8),
+    }
+    assert found.flops == 4 * 2e9
+    assert sorted(found.beside) == [(1, size * 7 / 8, 2 * 2e9)] * 2
 
 
 @pytest.mark.parametrize(

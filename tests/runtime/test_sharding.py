@@ -129,11 +129,14 @@ def test_sharding_rules(monkeypatch):
         assert specs.table == P(None, over)
 
 
-def test_grids_go_from_whole_to_split_over_all():
-    """Every divisor, unless one is asked for."""
+def test_grids_go_from_whole_to_split_over_all(monkeypatch):
+    """Every divisor, unless one is asked for. Many devices are replicas of what is trained."""
     found = [grid.devices.shape for grid in sharding.grids(16)]
-    assert found == [(8, 1), (4, 2), (2, 4), (1, 8)]
-    assert [grid.devices.shape for grid in sharding.grids(16, 4)] == [(2, 4)]
+    assert found == [(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
+    assert [grid.devices.shape for grid in sharding.grids(16, 4)] == [(1, 2, 4)]
+    monkeypatch.setattr(sharding, "NEAR", 3)
+    found = [grid.devices.shape for grid in sharding.grids(16)]
+    assert found == [(4, 2, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
     with pytest.raises(ValueError, match="--batch-size 12"):
         sharding.grids(12)
 
@@ -193,12 +196,13 @@ def test_batch_that_devices_cannot_share_is_refused():
 # ---------------------------------------------------------------------------------- one array split
 
 
-@pytest.mark.parametrize("fsdp", [8, 4])
-def test_gathered_is_whole_and_its_gradient_split(fsdp):
+@pytest.mark.parametrize(("fsdp", "near"), [(8, 16), (4, 16), (1, 4)])
+def test_gathered_is_whole_and_its_gradient_split(monkeypatch, fsdp, near):
     """The value is the array itself, on every device; the gradient lies where the array does."""
+    monkeypatch.setattr(sharding, "NEAR", near)
     mesh = sharding.make_mesh(B, fsdp)
     x, weight = random(B, D), random(D, WIDE, seed=1)
-    spec = sharding.spec(weight.shape, 8, over=sharding.TRAINED)
+    spec = sharding.spec(weight.shape, min(8, near), over=sharding.TRAINED)
     piece = jax.device_put(weight, NamedSharding(mesh, spec))
     clips = jax.device_put(x, NamedSharding(mesh, BY_CLIP))
     whole = inside(mesh, sharding.gathered)(piece)
@@ -269,11 +273,18 @@ def plain_loop(lengths: tuple[int, ...]):
 
 @pytest.mark.parametrize("recompute", ["attention", "layers"])
 @pytest.mark.parametrize(
-    ("fsdp", "lengths"), [(None, (11,)), (1, (11,)), (None, (11, 5)), (8, (11, 5)), (4, (11, 5))]
+    ("fsdp", "lengths", "near"),
+    [
+        *((None, lengths, 16) for lengths in ((11,), (11, 5))),
+        *((1, (11,), near) for near in (16, 4)),
+        *((fsdp, (11, 5), 16) for fsdp in (8, 4)),
+        (2, (11, 5), 4),
+    ],
 )
-def test_run_layers_is_a_loop_over_layers(fsdp, recompute, lengths):
+def test_run_layers_is_a_loop_over_layers(monkeypatch, fsdp, recompute, lengths, near):
     """Values and gradients are those of a plain Python loop, for one array and for two side by
     side; clips stay where they are, and gradients lie where the weights do."""
+    monkeypatch.setattr(sharding, "NEAR", near)
     (xs, body), model = clips(lengths), random_model()
     mesh = fsdp and sharding.make_mesh(B, fsdp)
     if mesh:
@@ -286,8 +297,8 @@ def test_run_layers_is_a_loop_over_layers(fsdp, recompute, lengths):
     out, gradient = inside(mesh, with_gradient(stack))(model, xs)
     if mesh:
         assert all(laid_out(x, mesh, BY_CLIP) for x in jax.tree.leaves((out, gradient[1])))
-        assert laid_out(gradient[0].layers.up, mesh, P(None, sharding.AXES))
-        assert laid_out(gradient[0].layers.down, mesh, P(None, None, sharding.AXES))
+        assert laid_out(gradient[0].layers.up, mesh, P(None, sharding.TRAINED))
+        assert laid_out(gradient[0].layers.down, mesh, P(None, None, sharding.TRAINED))
     got = jax.tree_util.tree_leaves_with_path((out, gradient))
     for (path, a), b in zip(got, jax.tree.leaves(plain_loop(lengths)), strict=True):
         error, name = np.abs(a - b).max(), jax.tree_util.keystr(path)
@@ -354,13 +365,14 @@ def test_nothing_gathered_is_kept_for_the_backward_pass(recompute):
     assert Counter(x.shape for x in backward) == Counter([(N, WIDE, D), (N, D, WIDE), (N, D)])
 
 
-@pytest.mark.parametrize("fsdp", [8, 4, 1])
+@pytest.mark.parametrize(("fsdp", "near"), [(8, 16), (4, 16), (1, 16), (1, 4), (2, 4)])
 @pytest.mark.parametrize("recompute", ["attention", "layers"])
-def test_only_weights_travel_and_twice(fsdp, recompute):
+def test_only_weights_travel_and_twice(monkeypatch, fsdp, near, recompute):
     """In the compiled gradient: each trained layer's large arrays are gathered once forward, once
     backward, and so are a frozen one's, unless they are whole; no array of the size of anything
     computed from clips takes part in any collective, though all of those are smaller than the
     weights, and XLA left to itself would send them."""
+    monkeypatch.setattr(sharding, "NEAR", near)
     mesh = sharding.make_mesh(B, fsdp)
 
     def loss(trained, frozen, x):
@@ -379,11 +391,12 @@ def test_only_weights_travel_and_twice(fsdp, recompute):
         for shape, kind in ops
         for dims in re.findall(r"f32\[([\d,]*)\]", shape)
     )
-    assert {size for _, size in sizes} <= {D * WIDE, D * WIDE // 8, D}, sizes
+    parts = min(8, near)  # of what is trained
+    assert {size for _, size in sizes} <= {D * WIDE, D * WIDE // parts, D}, sizes
     gathers = hlo.Program(compiled, 8).collectives["all-gather"]
     stacks, kinds = trained.layers.up.nbytes + trained.layers.down.nbytes, 1 + (fsdp > 1)
     assert (gathers.count, gathers.bytes) == (kinds * 2 * 2 * N, kinds * 2 * stacks)
-    assert gathers.travel == 2 * stacks * (7 / 8 + (fsdp - 1) / fsdp)
+    assert gathers.travel == 2 * stacks * ((parts - 1) / parts + (fsdp - 1) / fsdp)
 
 
 def test_large_arrays_travel_in_the_dtype_of_the_clips():
