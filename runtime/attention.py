@@ -11,9 +11,8 @@ On accelerators JAX's own attention does it for all heads at once, on NVIDIA's b
 can: a step of Whisper-large and an 8B Llama takes two thirds of the time. A CPU cannot: for four
 clips in Whisper's encoder the scores of all heads are 216 MB in each layer, far from every cache,
 and in fresh pages that the system must clear first. Head by head they are 9 MB, in one place that
-is used again and again: four times as fast. The backward pass is then by hand, since it should keep
-no scores either: from what was heard and each row's log-sum-exp it makes the shares anew (Dao et
-al. 2022, "FlashAttention", has the derivation).
+is used again and again: four times as fast. The backward pass keeps no scores either: it computes
+each head again when its turn comes.
 
 Reads: sharding.py.   Read next: cost.py.
 """
@@ -86,7 +85,6 @@ def attend_one(
     return jnp.einsum("bgms,bgsk->bgmk", shares, values).reshape(queries.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_head(
     causal: bool,
     queries: Float[Array, "B T H K"],
@@ -94,71 +92,26 @@ def by_head(
     values: Float[Array, "B S G K"],
 ) -> Float[Array, "B T H K"]:
     """The same, for one key/value head of one clip at a time."""
-    return _forward(causal, queries, keys, values)[0]
+    # [M T, S], of the M query heads that share one: the positions up to each query's own
+    at = jnp.tile(jnp.arange(queries.shape[1]), queries.shape[2] // keys.shape[2])
+    seen = jnp.arange(keys.shape[1]) <= at[:, None] if causal else None
 
-
-def _forward(causal, queries, keys, values):
-    seen = _seen(causal, queries, keys)
-
+    @jax.checkpoint
     def head(arrays):
-        queries, keys, values = _wide(arrays)
-        scores = _scores(queries, keys, seen)
-        top = scores.max(-1, keepdims=True)
-        shares = jnp.exp(scores - top)
-        total = shares.sum(-1, keepdims=True)
-        return jnp.einsum("bts,bsk->btk", shares, values) / total, top + jnp.log(total)
+        queries, keys, values = (x.astype(jnp.float32) for x in arrays)
+        # The axis of 1 tells products with weights, which sharding.py keeps for the backward pass,
+        # from these, which it must not keep.
+        scores = jnp.einsum("btk,bsk->bts", queries * queries.shape[-1] ** -0.5, keys)
+        shares = jax.nn.softmax(scores, where=seen)
+        return jnp.einsum("bts,bsk->btk", shares, values)
 
     def clip(arrays):  # split when its turn comes: its heads are then near
         one = [x[None] for x in arrays]
-        heard, log_total = jax.lax.map(head, [_split(x, keys.shape[2]) for x in one])
-        return _join(heard, one[0])[0], log_total
+        heard = jax.lax.map(head, [_split(x, keys.shape[2]) for x in one])
+        return _join(heard, one[0])[0]
 
-    found = jax.lax.map(clip, (queries, keys, values))
-    heard, log_total = checkpoint_name(found, sharding.KEPT)
-    return heard.astype(queries.dtype), (queries, keys, values, heard, log_total)
-
-
-def _backward(causal, saved, upstream):
-    queries, keys, values, heard, log_total = saved
-    seen = _seen(causal, queries, keys)
-
-    def head(arrays):
-        queries, keys, values, heard, upstream, log_total = _wide(arrays)
-        shares = jnp.exp(_scores(queries, keys, seen) - log_total)
-        to_values = jnp.einsum("bts,btk->bsk", shares, upstream)
-        to_shares = jnp.einsum("btk,bsk->bts", upstream, values)
-        # softmax: what raises one share lowers all others of its row
-        to_scores = shares * (to_shares - (upstream * heard).sum(-1, keepdims=True))
-        to_scores = to_scores * queries.shape[-1] ** -0.5
-        to_queries = jnp.einsum("bts,bsk->btk", to_scores, keys)
-        return to_queries, jnp.einsum("bts,btk->bsk", to_scores, queries), to_values
-
-    parts = [_split(x, keys.shape[2]) for x in (queries, keys, values, heard, upstream)]
-    to = jax.lax.map(head, (*parts, log_total.reshape(-1, *log_total.shape[2:])))
-    of = queries, keys, values
-    return tuple(_join(x, y).astype(y.dtype) for x, y in zip(to, of, strict=True))
-
-
-by_head.defvjp(_forward, _backward)
-
-
-def _wide(arrays):
-    """Products and softmax are in f32, whatever comes in."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-
-
-def _scores(queries, keys, seen):
-    """[1, M T, S], of the M query heads that share one key/value head."""
-    # The axis of 1 tells products with weights, which sharding.py keeps for the backward pass, from
-    # these, which it must not keep.
-    scores = jnp.einsum("btk,bsk->bts", queries * queries.shape[-1] ** -0.5, keys)
-    return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
-
-
-def _seen(causal, queries, keys):
-    """[M T, S]: the positions up to each query's own; None for all."""
-    at = jnp.tile(jnp.arange(queries.shape[1]), queries.shape[2] // keys.shape[2])
-    return jnp.arange(keys.shape[1]) <= at[:, None] if causal else None
+    heard = jax.lax.map(clip, (queries, keys, values)).astype(queries.dtype)
+    return checkpoint_name(heard, sharding.KEPT)
 
 
 def _split(x, heads):

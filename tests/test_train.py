@@ -400,15 +400,17 @@ def test_a_part_that_is_not_finite_is_found(root, tmp_path):
 # -------------------------------------------------------------------------------- where arrays live
 
 
-def test_eight_devices_give_what_one_gives(root, tmp_path):
+def test_eight_devices_give_what_one_gives(root, tmp_path, monkeypatch):
     """Same losses and gradient norms over steps, same weights, up to f32 reduction order: with
-    frozen weights whole on each, in two copies, and in one."""
+    frozen weights whole on each (and two replicas of what is trained), in two copies, and in
+    one."""
     config = config_of(root, tmp_path)
     one = Started(dataclasses.replace(config, fsdp=1), jax.devices()[:1])
     expected = [one.step(step) for step in range(3)]
-    for fsdp in (1, 4, 8):
-        many = Started(dataclasses.replace(config, fsdp=fsdp))
-        for tree, parts in ((many.params, 8), (many.opt_state, 8), (many.frozen, fsdp)):
+    for fsdp, near in ((1, 4), (4, 16), (8, 16)):
+        monkeypatch.setattr(sharding, "NEAR", near)
+        many, trained = Started(dataclasses.replace(config, fsdp=fsdp)), min(8, near)
+        for tree, parts in ((many.params, trained), (many.opt_state, trained), (many.frozen, fsdp)):
             shards = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)]
             assert {*shards} == {1, parts} and (parts == 1 or shards.count(parts) > 10)
         for step in range(3):
