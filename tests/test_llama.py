@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import universe
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import generate
@@ -60,6 +61,7 @@ def prompts(model):
     return ids, jnp.asarray([9, 4, 6])
 
 
+@universe.compiled_fast()
 def test_a_batch_of_different_lengths_answers_as_each_row_alone(model, prompts):
     ids, lengths = prompts
     limits = dict(max_new_tokens=8, stop_ids=(3,))
@@ -71,6 +73,7 @@ def test_a_batch_of_different_lengths_answers_as_each_row_alone(model, prompts):
         )
 
 
+@universe.compiled_fast()
 def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, prompts):
     ids, lengths = prompts
     sequence = ids[:1]
@@ -83,6 +86,7 @@ def test_generation_with_the_cache_equals_the_whole_pass_at_every_step(model, pr
         sequence = jnp.append(sequence, token[None, None], axis=1)
 
 
+@universe.compiled_fast()
 def test_any_of_several_stop_tokens_ends_a_row_and_fills_it(model, prompts):
     ids, lengths = prompts
     never = (0, 1)  # tokens that are not generated here
@@ -110,6 +114,7 @@ def test_streaming_gives_the_tokens_of_generate(model, prompts):
     assert pieces == whole.tolist()[: len(pieces)] and len(pieces) >= 1
 
 
+@universe.compiled_fast()
 def test_streaming_samples_as_generate_does(model, prompts):
     """The same key gives the same tokens, whichever way they are made."""
     ids, lengths = prompts
@@ -146,6 +151,7 @@ def test_sampling_follows_the_softmax_and_the_nucleus():
     assert (cold == 0).mean() > 0.99
 
 
+@universe.compiled_fast()
 def test_gradient_reaches_the_embeddings_and_obeys_causality(model, prompts):
     embeds = model.embed(prompts[0][:1])
     reached = jax.grad(lambda x: jnp.square(model(x)[0, 5]).sum())(embeds)[0]
@@ -154,6 +160,7 @@ def test_gradient_reaches_the_embeddings_and_obeys_causality(model, prompts):
 
 @pytest.mark.parametrize("cached", [attention.CACHED, 0])
 @pytest.mark.parametrize("past", [0, 1, 4])
+@universe.compiled_fast()
 def test_what_stands_before_all_rows_is_read_once_for_them(
     model, prompts, past, cached, monkeypatch
 ):

@@ -1037,7 +1037,7 @@ def start_two_processes(config: recipe.Config) -> list[subprocess.Popen]:
     return [
         start_process(
             config,
-            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            XLA_FLAGS=os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import universe
 
 import generate
 import weights
@@ -33,6 +34,7 @@ def audio(model):
     return jax.random.normal(jax.random.key(0), (2, model.config.window_samples)) * 0.1
 
 
+@universe.compiled_fast()
 def test_the_decoder_is_causal(model, audio):
     """The gradient of position 3 reaches positions 0 to 3 of the input and no later one."""
     states = model.encoder(whisper.log_mel(audio[:1], 80))
@@ -41,6 +43,7 @@ def test_the_decoder_is_causal(model, audio):
     assert list(np.abs(reached).sum(-1) > 0) == [True] * 4 + [False] * 3
 
 
+@universe.compiled_fast()
 def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
     rules = generate.decoding_rules(FIXTURES / NAMES[0], model.config, "en")
     both = generate.greedy(model, audio, **rules)
@@ -48,6 +51,7 @@ def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
     np.testing.assert_array_equal(both, alone)
 
 
+@universe.compiled_fast()
 def test_suppressed_tokens_are_never_written(model, audio):
     """What would be written is suppressed: something else is, from the first free position on."""
     rules = dict(forced=(40, 41), suppress=(), begin_suppress=(), max_length=10)
@@ -57,6 +61,7 @@ def test_suppressed_tokens_are_never_written(model, audio):
     assert not np.isin(without[:, 2:], banned).any() and (without[:, 2] != free[:, 2]).all()
 
 
+@universe.compiled_fast()
 def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
     ids = jax.random.randint(jax.random.key(1), (2, 6), 0, model.config.vocab_size)
     states = model.encoder(whisper.log_mel(audio, 80))
