@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import test_cost
 
 from benchmarks import (
     compiling,
@@ -22,6 +23,7 @@ from benchmarks import (
     step,
     toy,
 )
+from runtime import cost, recipe
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -66,11 +68,14 @@ def test_what_was_compared_agrees():
 
 
 def test_the_work_of_a_chip_falls_as_their_number_rises():
-    """Of 1, 8, 64 and 128 chips: what all of them compute is what one would, to 4 %."""
-    rows = read(scaling)
+    """Of 1, 8, 64 and 128 chips: what all of them compute is what one would, and the template's
+    head once more on each."""
+    rows, llm = read(scaling), cost.PUBLISHED[recipe.parse(["--preset", "diva-8b"]).llm]
     assert [row["chips"] for row in rows] == [1, 8, 64, 128]
+    head = test_cost.shared_products(llm, "layers")
     for row in rows:
-        assert row["flops"] * row["chips"] == pytest.approx(rows[0]["flops"], rel=0.04)
+        work = rows[0]["flops"] + (row["chips"] - 1) * head
+        assert row["flops"] * row["chips"] == pytest.approx(work, rel=1e-5)
 
 
 def test_the_program_does_not_grow_with_the_layers():
