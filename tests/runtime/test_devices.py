@@ -81,7 +81,12 @@ def test_one_device_does_it_where_nothing_is_known_of_its_memory():
 
 @pytest.mark.parametrize(
     ("share_of_room", "share", "shape"),
-    [(0.7, False, None), (0.7, True, (8, 1)), (0.9, False, (1, 8)), (0.9, True, (1, 8))],
+    [
+        (0.7, False, None),
+        (0.7, True, (1, 8, 1)),
+        (0.9, False, (1, 1, 8)),
+        (0.9, True, (1, 1, 8)),
+    ],
 )
 def test_a_model_is_copied_where_it_fits_and_split_where_not(room, share_of_room, share, shape):
     llm = model(llama.Llama, LLAMA)
