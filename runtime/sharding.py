@@ -12,7 +12,7 @@ its gradient is summed over all devices and split again. That is "fully sharded 
 the same sums as on one device. It pays for what is trained, which takes 16 bytes a weight with its
 gradient and its optimizer. What is frozen takes 2, and stands still wherever it fits. Written down
 here once, it holds for the encoder, the connector and the LLM. With which collectives, XLA decides:
-over all of 64 or more chips it would gather by adding up pieces padded with zeros, which is twice
+over a whole slice of 64 chips it would gather by adding up pieces padded with zeros, which is twice
 the traffic; so large slices are replicas of NEAR devices ("hybrid sharding").
 
 Where one token is computed at a time, that is turned around: it goes to the pieces of the weights.
