@@ -69,7 +69,7 @@ class Config(Recipe):
     watch_every: int = 100  # Steps between two looks at them.
     until: int | None = None  # Save and stop after this step; without it the command goes on.
     # Devices over which one copy of the frozen weights is split; 1: whole on each; None: as few as
-    # memory allows. What is trained, and its optimizer, is split over all of them always.
+    # memory allows. What is trained, and its optimizer, is split over 16 at most, or over as many.
     fsdp: int | None = None
     # What the backward pass computes again to save memory (rematerialisation): attention (about
     # 1 % of the work) or whole layers (about a third more); auto: attention if that fits.

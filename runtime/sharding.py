@@ -41,7 +41,7 @@ from jaxtyping import Array, Float, Int, PyTree
 AXES = ("replica", "data", "fsdp")
 FROZEN, TRAINED = AXES[2:], AXES[1:]  # over which axes large arrays are split
 COPIES = AXES[:2]  # of what is frozen
-NEAR = 16  # devices over which what is trained is split, at most, unless what is frozen is
+NEAR = 16  # devices over which what is trained is split, at most; over as many as what is frozen
 WEIGHTS = 0.8  # of a device's memory: the rest is for what is computed
 SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
 
