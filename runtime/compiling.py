@@ -28,6 +28,9 @@ import whisper
 from runtime import cost, sharding
 from runtime.hlo import Program
 
+# Of XLA's compilers, by platform. Without this v4 awaits each gather where it starts; see LOG.md.
+OPTIONS = {"tpu": {"xla_enable_async_all_gather": True}}
+
 # ---------------------------------------------------------------------------- as little as fits
 
 
@@ -75,17 +78,17 @@ def fit(
             last = recompute == ways[-1] and mesh is grids[-1]
             if fixed + beside > room and not last:
                 continue
-            compiled, needed = _try(lower(recompute, mesh))
+            compiled, needed = _try(lower(recompute, mesh), mesh.devices.flat[0].platform)
             if compiled is not None and needed <= room:
                 return compiled, recompute, mesh
             beside = needed - fixed if needed < math.inf else 0.0
     raise ValueError(_too_large(config, mesh, recompute, room, needed, held))
 
 
-def _try(lowered: Any) -> tuple[Any, float]:
+def _try(lowered: Any, platform: str) -> tuple[Any, float]:
     """The compiled program, if it could be, and the bytes that it takes of each device."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:  # TPUs refuse what they cannot hold
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -747,7 +747,7 @@ def choose(monkeypatch, programs: dict, config: recipe.Config, room, state=((), 
     the message with which it refuses."""
 
     def lower(*_, recompute, **__):
-        def compile():
+        def compile(options):
             if isinstance(programs[recompute], str):
                 raise jax.errors.JaxRuntimeError(programs[recompute])
             return programs[recompute]
@@ -801,7 +801,7 @@ def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, comp
     def lower(*state, recompute, mesh, **_):
         tried.append((recompute, mesh.shape["fsdp"]))
         size = {"attention": 6, "layers": 1}[recompute] * gib + compiling.bytes_held(inputs(mesh))
-        return types.SimpleNamespace(compile=lambda: needing(it=size)["it"])
+        return types.SimpleNamespace(compile=lambda _: needing(it=size)["it"])
 
     monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
     given = wanted, sharding.grids(64), float(room * gib), inputs

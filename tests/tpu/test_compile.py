@@ -43,7 +43,7 @@ def test_the_published_step_on_the_published_slice():
     """diva-8b on v4:4x4x8 with 512 clips, compiled from shapes: it fits in 32 GiB a chip, with
     frozen weights whole on each; it does the products by hand and those of attention again; weights
     that are split travel as often as they are needed, gradients once, and next to nothing else
-    does, but what replicas sum."""
+    does, but what replicas sum; some of it beside products."""
     flags = ("--preset", "diva-8b", "--compile-only", "v4:4x4x8")
     done = train_py(*flags)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -67,6 +67,11 @@ def test_the_published_step_on_the_published_slice():
     assert float(rows["compiled program"][0]) == pytest.approx(expected, rel=1e-3)
     assert expected < 1.02 * by_hand / cost.TERA
 
+    alone, scheduled = (
+        float(rows[name][0])
+        for name in ("no traffic beside products", "traffic as it is scheduled")
+    )
+    assert scheduled < alone - 0.005
     # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
     params = train.abstract_inputs(config, sharding.make_mesh(512), asr, llm)[0][0]
     gathered = test_cost.bytes_gathered(params, sharding.SMALL, 2, "attention")
