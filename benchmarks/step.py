@@ -126,10 +126,9 @@ def agreement(
     return found
 
 
-def flops(folder: Path, batch: dict[str, np.ndarray]) -> float:
+def flops(folder: Path, queries: int, batch: dict[str, np.ndarray]) -> float:
     """Of one step, by hand."""
     asr, (_, llm) = connector.heard_by(folder), connector.references(folder)
-    queries = files.read_json(folder / "config.json")["queries"]
     size, text = batch["ids"].shape
     given = asr, cost.sizes_of(llama.LlamaConfig, llm), queries, len(batch["suffix"]), text
     return size * sum(cost.flops(*given, before=len(batch["prefix"])).values())
@@ -146,7 +145,7 @@ def measure(
     queries = files.read_json(folder / "config.json")["queries"]
     row: dict[str, Any] = {"models": models, "batch": size, "queries": queries}
     row["agreement"] = agreement(folder, batch, config)
-    row["flops"] = flops(folder, batch)
+    row["flops"] = flops(folder, queries, batch)
     makers = {
         "here": (training, folder, batch, config),
         "eager": (peer.training, folder, batch, config, False),

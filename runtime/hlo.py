@@ -84,17 +84,17 @@ class Program:
                 base = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
                 self.collectives[base] += self._collective(base, kind, shape, operands, rest, times)
             turns = self._turns(rest) if kind == "while" else 1
-            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", rest):
-                if not ends:
-                    self._walk(called, times * turns)
+            inside = [] if ends else re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", rest)
+            for called in inside:
+                self._walk(called, times * turns)
             flops, sent = (self.flops - flops) / times, (self.sent - sent) / times
             for travel_and_flops in going.values():
                 travel_and_flops[1] += flops / len(going)  # those that go on share the time
             if begins and sent:
                 going[op] = [sent, 0.0]
             elif ends:
-                fused = kind == "fusion"
-                for begun in [op.replace("-done", "-start")] if fused else _names(operands):
+                named = [op.replace("-done", "-start")] if kind == "fusion" else _names(operands)
+                for begun in named:
                     self._hide(times, *going.pop(begun, (0.0, 0.0)))
             elif kind == "fusion":  # one that computes while it sends
                 self._hide(times, sent, flops)
