@@ -34,7 +34,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 import llama
 import weights
 import whisper
-from runtime import command, files, recording, settings, sharding
+from formats import audio_files, model_config
+from runtime import cli, files, sharding
 
 POSITIONS = whisper.SAMPLE_RATE // whisper.HOP // whisper.FRAMES_PER_POSITION  # a second
 
@@ -239,7 +240,7 @@ class DiVA(eqx.Module):
         width = weights.read_config(llama.LlamaConfig, llm_path).hidden_size
         positions = asr_config.max_target_positions
         said = files.read_json(folder / "config.json")
-        queries = settings.count(folder / "config.json", "queries", said) or positions
+        queries = model_config.count(folder / "config.json", "queries", said) or positions
         shapes = weights.abstract(
             Connector.random, asr_config, width, queries, jax.random.key(0), dtype=dtype
         )
@@ -377,7 +378,7 @@ def heard(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]
 
 
 def main(
-    clip: Annotated[Path, tyro.conf.Positional] = command.EXAMPLE,
+    clip: Annotated[Path, tyro.conf.Positional] = cli.EXAMPLE,
     model: str = "toy/diva",
     last: int = 8,
 ) -> None:
@@ -390,7 +391,7 @@ def main(
     """
     asr_path, llm_path = references(model)
     # first: what cannot be heard is refused before weights are read
-    sound = jnp.asarray(recording.load_window(clip, heard_by(model).window_samples))
+    sound = jnp.asarray(audio_files.load_window(clip, heard_by(model).window_samples))
     dtype = sharding.compute_dtype(jax.default_backend())
     place = functools.partial(sharding.place, mesh=sharding.local_mesh(templates(model, dtype)))
     trained = DiVA.load(model, dtype, place)
@@ -436,7 +437,7 @@ def heard_by(path: str | Path) -> whisper.WhisperConfig:
     folder = weights.resolve(path)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(references(folder)[0]))
     file = folder / "config.json"
-    positions = settings.count(file, "max_source_positions", files.read_json(file))
+    positions = model_config.count(file, "max_source_positions", files.read_json(file))
     return hearing(asr, positions and positions / POSITIONS)
 
 
@@ -447,4 +448,4 @@ def _refer(folder: Path, path: str) -> str:
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

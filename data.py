@@ -9,8 +9,8 @@ which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opu
 threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
 and reported. Run it to see what a corpus holds:  python data.py cv/en
 
-Annex: runtime/recording.py decodes a file to 16 kHz mono; runtime/files.py reads the lists, and
-keeps what a clip's header said for the next start; runtime/parquet.py finds what the Hub holds.
+Annex: formats/audio_files.py decodes a file to 16 kHz mono; runtime/files.py reads the lists, and
+keeps what a clip's header said for the next start; formats/parquet.py finds what the Hub holds.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
 Reads: nothing of ours.   Read next: train.py.
@@ -32,8 +32,9 @@ import soundfile as sf
 import tyro
 from jaxtyping import Float, Int32
 
-from runtime import command, files, parquet, recording
-from runtime.recording import SAMPLE_RATE
+from formats import audio_files, parquet
+from formats.audio_files import SAMPLE_RATE
+from runtime import cli, files
 
 IN_MEMORY = 10_000  # clips: a corpus up to this size stays decoded in memory
 AHEAD = 4  # batches that are prepared before they are asked for
@@ -161,19 +162,19 @@ def seconds_of(clips: list[Clip]) -> list[float]:
 
     A clip whose header cannot be read counts as 0 s: decoding it will say what is wrong.
     """
-    known = recording.seconds_by_table(clip.audio for clip in clips)
+    known = audio_files.seconds_by_table(clip.audio for clip in clips)
     failures = (sf.SoundFileError, RuntimeError)
     rest = {clip.audio: clip.meta for clip in clips if clip.audio not in known}
     rows = [name for name in rest if parquet.is_row(name)]
     known |= {name: said for name in rows if (said := parquet.seconds_said(rest[name]))}
     rows = [name for name in rows if name not in known]
     tables = sorted({parquet.row_of(name)[0] for name in rows})
-    held = files.remembered("seconds-in-tables", tables, recording.seconds_in, failures)
+    held = files.remembered("seconds-in-tables", tables, audio_files.seconds_in, failures)
     for name in rows:
         file, row = parquet.row_of(name)
         known[name] = held[file][row] if held[file] else 0.0
     rest = [name for name in rest if name not in known]
-    known |= files.remembered("seconds-held", rest, recording.seconds, failures)
+    known |= files.remembered("seconds-held", rest, audio_files.seconds, failures)
     return [known[clip.audio] for clip in clips]
 
 
@@ -304,7 +305,7 @@ def samples(corpus: Corpus) -> Callable[[int], dict[str, np.ndarray]]:
         }
         if "audio" not in corpus.more:
             sound, heard = read(index)
-            sample["audio"] = recording.pad([sound], corpus.window_samples)[0]
+            sample["audio"] = audio_files.pad([sound], corpus.window_samples)[0]
             sample["weights"] = np.float32(heard)
         return sample | {name: rows[index] for name, rows in corpus.more.items()}
 
@@ -355,7 +356,7 @@ def _reader(corpus: Corpus) -> Callable[[int], tuple[np.ndarray, bool]]:
     def read(index: int) -> tuple[np.ndarray, float]:
         file = corpus.clips[index].audio
         try:
-            samples = recording.load(file)
+            samples = audio_files.load(file)
             if len(samples) > corpus.window_samples + SAMPLE_RATE // 100:
                 raise ValueError(
                     f"{file}: {len(samples) / SAMPLE_RATE:.2f} s, longer than its header says; "
@@ -442,4 +443,4 @@ def main(
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

@@ -39,8 +39,9 @@ import connector
 import generate
 import llama
 import weights
-from runtime import command, files, recording, sharding
-from runtime.recording import SAMPLE_RATE
+from formats import audio_files
+from formats.audio_files import SAMPLE_RATE
+from runtime import cli, files, sharding
 
 TOY = Path(__file__).parent / "toy"
 PIECES = 10  # a long recording may be so many windows
@@ -124,9 +125,9 @@ class Assistant:
     def parts(
         self, clip: str | Path, long: bool = False, live: bool = False
     ) -> list[Float[Array, "1 S"]]:
-        """A recording as windows; `long` and `live` as in recording.windows. Raises ValueError or
+        """A recording as windows; `long` and `live` as in audio_files.windows. Raises ValueError or
         FileNotFoundError that names the file."""
-        rows = recording.windows(clip, self.diva.window_samples, long, live, PIECES)
+        rows = audio_files.windows(clip, self.diva.window_samples, long, live, PIECES)
         return [jnp.asarray(row)[None] for row in rows]
 
     def listen(
@@ -244,7 +245,7 @@ class Assistant:
         """Read and compile what the first answer needs."""
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
             soundfile.write(
-                file.name, np.ones(recording.FRAME), SAMPLE_RATE
+                file.name, np.ones(audio_files.FRAME), SAMPLE_RATE
             )  # silence is not answered
             next(self.answer(file.name, sampling=sampling, cascade=cascade))
 
@@ -289,7 +290,7 @@ def drawing(temperature: float, top_p: float) -> tuple[float, float]:
 
 
 def main(
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (str(command.EXAMPLE),),
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (str(cli.EXAMPLE),),
     instruction: str | None = None,
     model: str = "toy/diva",
     sample: bool = False,
@@ -326,7 +327,7 @@ def main(
         return open_page(model, sampling, long, host, port)
     clips, instruction = clips_and_instruction(words, instruction, one=bool(embeddings))
     for clip in clips:  # what cannot be heard is refused before weights are read
-        recording.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
+        audio_files.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
     assistant = Assistant.load(model)
     if embeddings:
         return write_prompt(embeddings, assistant, clips[0], instruction, long)
@@ -336,7 +337,7 @@ def main(
 def open_page(model: str, sampling: Sampling, long: bool, host: str, port: int) -> None:
     """Until Ctrl-C. Raises ValueError without the extra `demo`."""
     try:
-        from runtime import page
+        from serving import page
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the page needs {error.name}, which is not installed. Run pip install '.[demo]'"
@@ -392,4 +393,4 @@ def talk(
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

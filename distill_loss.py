@@ -51,7 +51,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from runtime import command
+from runtime import cli
 from weights import read_tensor, resolve
 
 CHUNK = 2048  # rows of the output matrix that the exact KL holds at a time
@@ -392,4 +392,4 @@ def main(model: str = "toy/llama", pairs: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

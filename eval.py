@@ -34,7 +34,7 @@ from evaluation.degrade import conditions
 from evaluation.predictions import Predictions, fingerprint, read_predictions
 from evaluation.systems import SYSTEMS
 from evaluation.tasks import Item, Task, read_tasks
-from runtime import command, sharding
+from runtime import cli, sharding
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -291,4 +291,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

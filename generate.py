@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tokenizers import Tokenizer
 
 import weights
+from formats import audio_files, model_config
 from llama import Chat, Llama
-from runtime import command, files, recording, settings, sharding
+from runtime import cli, files, sharding
 from whisper import Encoder, Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
@@ -88,13 +89,13 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
     forced_decoder_ids instead, in generation_config.json or in config.json. Raises ValueError for a
     language that the model does not know, or what is not computed here.
     """
-    file, rules = settings.transcribing(folder)
+    file, rules = model_config.transcribing(folder)
 
     def tokens(key: str, rows: int | None = config.vocab_size) -> tuple[int, ...]:
-        return settings.token_ids(file, key, rules.get(key), rows)
+        return model_config.token_ids(file, key, rules.get(key), rows)
 
     def named(key: str) -> dict[str, int]:
-        return settings.mapping(file, key, rules.get(key), config.vocab_size)
+        return model_config.mapping(file, key, rules.get(key), config.vocab_size)
 
     if tokens("eos_token_id") not in ((), (config.eos_token_id,)):
         raise ValueError(
@@ -103,7 +104,7 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
         )
     start = (config.decoder_start_token_id,)
     for key, ids in (("eos_token_id", config.eos_token_id), ("decoder_start_token_id", *start)):
-        settings.token_ids(folder / "config.json", key, ids, config.vocab_size)
+        model_config.token_ids(folder / "config.json", key, ids, config.vocab_size)
     forced = [*(tokens("decoder_start_token_id") or start)]
     languages = named("lang_to_id") if rules.get("is_multilingual", True) else {}
     if languages:
@@ -133,7 +134,7 @@ def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[s
 def _longest(file: Path, rules: dict[str, Any], forced: int, positions: int) -> int:
     """Tokens of the longest transcript, the `forced` ones at its head included."""
     # as transformers counts them: both are tokens beside the forced ones
-    counts = [settings.count(file, key, rules) for key in ("max_new_tokens", "max_length")]
+    counts = [model_config.count(file, key, rules) for key in ("max_new_tokens", "max_length")]
     whole = min(forced + (counts[0] or counts[1] or positions), positions)
     if whole <= forced:
         raise ValueError(
@@ -162,7 +163,7 @@ def _older_forced(
             "it again."
         )
     ids = [token for _, token in pairs if token is not None]
-    return [*settings.token_ids(file, "forced_decoder_ids", ids, config.vocab_size)]
+    return [*model_config.token_ids(file, "forced_decoder_ids", ids, config.vocab_size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,10 @@ class Transcriber:
         """`encoder`: the same one, if it is in memory already. Raises FileNotFoundError without
         tokenizer.json, ValueError for an unknown language."""
         folder = weights.resolve(path)
-        tokenizer, config = settings.tokenizer(folder), weights.read_config(WhisperConfig, folder)
+        tokenizer, config = (
+            model_config.tokenizer(folder),
+            weights.read_config(WhisperConfig, folder),
+        )
         rules = decoding_rules(folder, config, language)  # refused before weights are read
         model = Whisper.load(folder, dtype, place)
         if encoder is not None:
@@ -203,7 +207,7 @@ def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[s
     FileNotFoundError; what cannot be heard is refused before weights are read."""
     folder = weights.resolve(model)
     window = weights.read_config(WhisperConfig, folder).window_samples
-    parts = recording.windows(clip, window, long)
+    parts = audio_files.windows(clip, window, long)
     asr = Transcriber.load(folder, language, place=sharding.place_local)
     for part in parts:
         yield asr(jnp.asarray(part)[None])[0]
@@ -402,4 +406,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

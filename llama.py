@@ -32,7 +32,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tokenizers import Tokenizer
 
 import weights
-from runtime import attention, command, files, settings, sharding, template
+from formats import chat_template, model_config
+from runtime import attention, cli, files, sharding
 from weights import Embedding, Linear
 
 SOME = 4096  # rows of the LLM's table that are looked at together
@@ -56,7 +57,7 @@ class LlamaConfig:
     rope_parameters: Any = None  # newer files: theta and scaling in one place
     tie_word_embeddings: bool = False
     eos_token_id: Any = None  # a number or a list of them
-    computed: ClassVar = settings.LLAMA
+    computed: ClassVar = model_config.LLAMA
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.key_value_heads
@@ -82,7 +83,7 @@ class LlamaConfig:
         was first trained on, keeps the fast ones, and blends between the two.
         """
         said = self.rope_scaling or self.rope_parameters
-        rope = settings.rope(said, self.rope_theta, self.max_position_embeddings)
+        rope = model_config.rope(said, self.rope_theta, self.max_position_embeddings)
         plain = rope["rope_theta"] ** -(np.arange(0, self.head_width, 2) / self.head_width)
         if rope["rope_type"] == "default":
             return plain
@@ -361,17 +362,17 @@ class Chat:
     def load(path: str | Path) -> "Chat":
         """Raises FileNotFoundError without tokenizer.json, ValueError without a chat template."""
         folder = weights.resolve(path)
-        tokenizer, rows = settings.tokenizer(folder), settings.rows(folder)
-        file, said = settings.generation(folder, settings.ANSWERING)
+        tokenizer, rows = model_config.tokenizer(folder), model_config.rows(folder)
+        file, said = model_config.generation(folder, model_config.ANSWERING)
         stops = said.get("eos_token_id")
         if stops is None:
             stops = files.read_json(folder / "config.json").get("eos_token_id")
-        if not (stops := settings.token_ids(file, "eos_token_id", stops, rows)):
+        if not (stops := model_config.token_ids(file, "eos_token_id", stops, rows)):
             raise ValueError(
                 f"{folder / 'config.json'}: no eos_token_id; expected the token (or list of them) "
                 "that ends an answer. Add it to generation_config.json."
             )
-        return Chat(tokenizer, template.load(folder), stops, rows, folder)
+        return Chat(tokenizer, chat_template.load(folder), stops, rows, folder)
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError for a token that the embedding table has no row for."""
@@ -385,7 +386,7 @@ class Chat:
     def _checked(self, ids: list[int]) -> list[int]:
         if max(ids, default=0) >= self.rows:
             name = f"token {self.tokenizer.id_to_token(max(ids))!r}"
-            settings.token_ids(self.folder / "tokenizer.json", name, max(ids), self.rows)
+            model_config.token_ids(self.folder / "tokenizer.json", name, max(ids), self.rows)
         return ids
 
     def decode(self, ids: Any) -> str:
@@ -442,4 +443,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

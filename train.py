@@ -14,9 +14,10 @@
 The same command on every host of a cluster is one run. One that was interrupted (Ctrl-C, SIGTERM,
 power cut) goes on when the command is started again, and ends with the same weights, bit for bit.
 
-Annex: runtime/sharding.py says where arrays live on many devices (FSDP), compiling.py makes the
+Annex: runtime/sharding.py says where arrays live on many devices (FSDP), compilation.py makes the
 step that fits into memory, record.py keeps the log and the checkpoints, cost.py counts FLOPs,
-answers.py asks the teacher once for whole answers, watching.py tells whether words are heard.
+teacher_responses.py asks the teacher once for whole answers, validation.py computes KL and
+nearest-token accuracy on held-out clips.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
 Reads: weights.py, whisper.py, llama.py, connector.py, distill_loss.py, data.py.
@@ -47,9 +48,10 @@ import data
 import distill_loss
 import llama
 import whisper
-from runtime import answers, command, compiling, cost, files, keeping, record, sharding, watching
-from runtime.claiming import claim
-from runtime.recipe import Config, Recipe, parse, recipe_of, resume_command
+from runtime import cli, files, sharding
+from training import compilation, cost, precompute, record, teacher_responses, validation
+from training.recipe import Config, Recipe, parse, recipe_of, resume_command
+from training.setup import claim
 
 # ---------------------------------------------------------------------------- the loss and the step
 
@@ -76,7 +78,7 @@ def forward(
 ) -> tuple[connector.Pass, Float[Array, "B K"]]:
     """What the student makes of a batch, and the teacher; and what each state of an answer counts:
     where the response begins alone, or all that say the batch's answers, if it has any."""
-    prefix, pads = answers.own_prefix(frozen.prefix, frozen.pads, batch)
+    prefix, pads = teacher_responses.own_prefix(frozen.prefix, frozen.pads, batch)
     given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
     known = batch.get("answers"), pads, batch.get("taught")
     out = eqx.combine(params, frozen.diva)(*given, *known, recompute)
@@ -205,7 +207,7 @@ def watch(params: Any, frozen: Frozen, batch: dict[str, Array], mesh: Mesh) -> d
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         out, by_state = forward(params, frozen, batch)
         given = (batch[name] for name in ("ids", "lengths", "weights"))
-        found = watching.scores(frozen.diva.llm, out, by_state, *given)
+        found = validation.scores(frozen.diva.llm, out, by_state, *given)
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
 
@@ -246,7 +248,7 @@ def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
     models = (config.whisper, config.llm, config.queries)
     diva = connector.DiVA.untrained(*models, key, dtype, where, config.window)
-    return state_of(config, diva, answers.template(turn), mesh)
+    return state_of(config, diva, teacher_responses.template(turn), mesh)
 
 
 def abstract_inputs(
@@ -264,7 +266,7 @@ def abstract_inputs(
     sizes = (cost.PREFIX, cost.SUFFIX)
     turn = turn or [*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes), None]
     text = text or min(cost.TEXT, config.queries or asr.max_target_positions)
-    most, more = answers.limit(config.response_tokens), dict(more or {})
+    most, more = teacher_responses.limit(config.response_tokens), dict(more or {})
     if most > 1:
         more |= {"answers": ((most - 1,), np.int32), "states": ((), np.int32)}
     batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
@@ -275,21 +277,21 @@ def compile_step(
     config: Config, grids: list[Mesh], room: float, inputs: Callable[[Mesh], tuple[tuple, dict]]
 ) -> tuple[Any, sharding.Recompute, Mesh]:
     """The step, compiled for `inputs`, the state and the batch on one of the `grids`, arrays or
-    shapes; what it recomputes; and the grid: as `compiling.fit` chooses. Raises ValueError."""
+    shapes; what it recomputes; and the grid: as `compilation.fit` chooses. Raises ValueError."""
     inputs = functools.cache(inputs)
 
     def lower(recompute: sharding.Recompute, mesh: Mesh) -> Any:
         state, batch = inputs(mesh)
         static = {"recipe": recipe_of(config), "mesh": mesh, "recompute": recompute}
-        size = compiling.at_once(config, mesh)
+        size = compilation.at_once(config, mesh)
         return train_step.lower(*state, batch, np.int32(0), **static, micro_batch=size)
 
-    return compiling.fit(lower, config, grids, room, inputs)
+    return compilation.fit(lower, config, grids, room, inputs)
 
 
-def compile_for(config: Config) -> compiling.SliceProgram:
+def compile_for(config: Config) -> compilation.SliceProgram:
     """The step for the slice of TPUs that --compile-only names. Raises ValueError."""
-    return compiling.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
+    return compilation.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
 
 
 def choose(config: Config, grids: list[Mesh], shapes: Callable) -> tuple[Mesh, Config]:
@@ -311,20 +313,20 @@ def start(
     mesh, config = choose(config, grids, functools.partial(abstract_inputs, config, **known))
     state = start_state(config, mesh, turn)
     diva, *template, _ = state[2]
-    llm, most = diva.llm, answers.limit(config.response_tokens)
-    record.note_baseline(epath.Path(config.out), watching.mean_embedding(llm, corpus, mesh))
-    ask = functools.partial(answers.ask, llm, chat.stop_ids, turn, config, mesh)
+    llm, most = diva.llm, teacher_responses.limit(config.response_tokens)
+    record.note_baseline(epath.Path(config.out), validation.mean_embedding(llm, corpus, mesh))
+    ask = functools.partial(teacher_responses.ask, llm, chat.stop_ids, turn, config, mesh)
     if most > 1:
         corpus.more |= ask(corpus, most)
     watched = None
     if others:
-        others.more |= ask(others, answers.MOST)
-        watched = watching.batch(others, mesh)
+        others.more |= ask(others, teacher_responses.MOST)
+        watched = validation.batch(others, mesh)
     answer = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
     parts = work_on(corpus.max_length, answer)
-    if keeping.wanted(config.frozen_states, diva, corpus):
-        corpus.more |= keeping.keep(diva, corpus, tuple(template), mesh)
-        parts = {name: flops for name, flops in parts.items() if name not in keeping.PARTS}
+    if precompute.wanted(config.frozen_states, diva, corpus):
+        corpus.more |= precompute.keep(diva, corpus, tuple(template), mesh)
+        parts = {name: flops for name, flops in parts.items() if name not in precompute.PARTS}
     more, work = {k: (x.shape[1:], x.dtype) for k, x in corpus.more.items()}, sum(parts.values())
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
     batch = sharding.to_devices(batch, mesh)
@@ -333,7 +335,7 @@ def start(
     compiled, recompute, _ = compile_step(config, [mesh], room, lambda _: inputs)
     seconds = time.perf_counter() - began
     if jax.process_index() == 0:
-        took = compiling.summary(compiled, recompute, work * config.batch_size, mesh)
+        took = compilation.summary(compiled, recompute, work * config.batch_size, mesh)
         print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
     return corpus, state, compiled, watched, work, mesh
 
@@ -433,7 +435,7 @@ def main() -> None:
     """The command line."""
     config = parse(sys.argv[1:])
     if config.compile_only:
-        print(compiling.slice_report(config, compile_for(config)))
+        print(compilation.slice_report(config, compile_for(config)))
     else:
         sharding.join_cluster()
         run(config)
@@ -442,4 +444,4 @@ def main() -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("weights").setLevel(logging.INFO)
-    command.run(main, "stopped; start the same command again to go on")
+    cli.run(main, "stopped; start the same command again to go on")

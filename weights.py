@@ -16,7 +16,7 @@ the host needs room for two such slices, not for a model.
 
 Run it to see a model's tree beside its file:  python weights.py toy/diva
 
-Annex: runtime/files.py writes files whole, settings.py refuses what a model's files ask for and
+Annex: runtime/files.py writes files whole, model_config.py refuses what a model's files ask for and
 nothing here computes, sharding.py says which device holds which slice.
 Reads: nothing of ours.   Read next: whisper.py.
 """
@@ -41,7 +41,8 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from runtime import command, files, settings, sharding
+from formats import model_config
+from runtime import cli, files, sharding
 
 Config = TypeVar("Config")
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -138,9 +139,9 @@ def read_config(cls: type[Config], folder: Path) -> Config:
             f"{file}: no {', '.join(absent)}; expected every size that {cls.__name__} needs "
             f"(model_type here is {values.get('model_type')!r}). Is this the right model?"
         )
-    settings.refuse(file, values, getattr(cls, "computed", {}))
+    model_config.refuse(file, values, getattr(cls, "computed", {}))
     try:
-        return cls(**settings.fields_of(cls, values))
+        return cls(**model_config.fields_of(cls, values))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -265,7 +266,7 @@ def _read(
     expected = tuple(leaf.shape[1:] if stacked else leaf.shape)
     for name, found in zip(names, slices, strict=True):
         if (shape := tuple(found.get_shape())) != expected:
-            raise ValueError(settings.misshaped(file_of[name], name, shape, expected))
+            raise ValueError(model_config.misshaped(file_of[name], name, shape, expected))
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     holders = {}  # a slice of the array, and the devices that hold a copy of it
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -443,4 +444,4 @@ def main(model: Annotated[str, tyro.conf.Positional] = "toy/diva", devices: int 
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

@@ -29,7 +29,8 @@ import tyro
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import weights
-from runtime import attention, command, settings, sharding
+from formats import model_config
+from runtime import attention, cli, sharding
 from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
@@ -55,7 +56,7 @@ class WhisperConfig:
     vocab_size: int
     decoder_start_token_id: int
     eos_token_id: int
-    computed: ClassVar = settings.WHISPER
+    computed: ClassVar = model_config.WHISPER
 
     def __post_init__(self):
         if self.d_model % math.lcm(self.encoder_attention_heads, self.decoder_attention_heads):
@@ -293,7 +294,7 @@ class Decoder(eqx.Module):
     layer_norm: LayerNorm
 
     def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings, without positions, and never scaled: see settings.WHISPER."""
+        """Token embeddings, without positions, and never scaled: see model_config.WHISPER."""
         return sharding.lookup(self.embed_tokens.weight, ids)
 
     def __call__(
@@ -373,7 +374,7 @@ class Whisper(eqx.Module):
     def published(folder: Path, dtype=None) -> weights.Published:
         """What a published folder holds; floats in `dtype`."""
         config = weights.read_config(WhisperConfig, folder)
-        settings.listening(folder, config.num_mel_bins)
+        model_config.listening(folder, config.num_mel_bins)
         template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
         tied = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
         return weights.Published(template, "model.", tied)
@@ -423,7 +424,7 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 
 def main(
-    clip: Annotated[Path, tyro.conf.Positional] = command.EXAMPLE,
+    clip: Annotated[Path, tyro.conf.Positional] = cli.EXAMPLE,
     model: str = "toy/whisper",
     language: str = "en",
     long: bool = False,
@@ -443,4 +444,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command.run(lambda: tyro.cli(main))
+    cli.run(lambda: tyro.cli(main))

@@ -20,7 +20,8 @@ import llama
 import train
 import whisper
 from benchmarks import side_by_side
-from runtime import cost, recipe, sharding
+from runtime import sharding
+from training import cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 3

@@ -24,13 +24,13 @@ from scipy.signal import resample_poly
 
 import data
 import llama
-from runtime import recording
+from formats import audio_files
 
 TOY = Path(__file__).parents[1] / "toy"
 CLIPS = 10_000
 DIFFERENT = 40  # recordings; the other clips are links to them
 SECONDS = 5.4  # mean of Common Voice 17, English
-WINDOW = 30 * recording.SAMPLE_RATE
+WINDOW = 30 * audio_files.SAMPLE_RATE
 BATCH = 16
 STEPS = 20  # batches that are timed at a time
 RUNS = 5
@@ -40,13 +40,13 @@ def make(folder: Path) -> None:
     """A Common Voice folder: train.tsv, clips/*.mp3, and no table of durations."""
     (folder / "clips").mkdir()
     toy = itertools.cycle(data.read_clips(TOY / "common_voice" / "en"))
-    length, recordings = round(SECONDS * recording.SAMPLE_RATE), []
+    length, recordings = round(SECONDS * audio_files.SAMPLE_RATE), []
     for n in range(DIFFERENT):
         said, samples = [], np.zeros(0, np.float32)
         while len(samples) < length:
             clip = next(toy)
             said.append(clip.text)
-            samples = np.concatenate([samples, recording.load(clip.audio)])
+            samples = np.concatenate([samples, audio_files.load(clip.audio)])
         file = folder / f"{n}.mp3"
         up = resample_poly(samples[:length], 3, 1)
         level = 0.89  # of compression: 64 kbit/s
@@ -95,7 +95,7 @@ def speeds(corpus: data.Corpus) -> list[tuple[float, float]]:
 
 def decoding(clip: data.Clip) -> float:
     """Seconds of CPU to decode and resample one clip."""
-    return timed(lambda: recording.load(clip.audio))[1]
+    return timed(lambda: audio_files.load(clip.audio))[1]
 
 
 def main(clips_per_host_per_step: int = 16, step_seconds: float = 0.3) -> None:

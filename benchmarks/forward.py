@@ -21,7 +21,7 @@ import tyro
 import llama
 import whisper
 from benchmarks import side_by_side, sizes
-from runtime import cost
+from training import cost
 
 FILE = Path(__file__).with_suffix(".json")
 RUNS = 15

@@ -28,7 +28,8 @@ import generate
 import llama
 import weights
 from benchmarks import side_by_side
-from runtime import command, recording
+from formats import audio_files
+from runtime import cli
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -82,7 +83,7 @@ def first_token(
     embed_turn = eqx.filter_jit(diva.embed_turn)
     prefix, suffix = chat.wrap()
     samples = {"diva": diva.window_samples, "cascade": asr.model.config.window_samples}[name]
-    audio = recording.load_window(ROOT / command.EXAMPLE, samples)
+    audio = audio_files.load_window(ROOT / cli.EXAMPLE, samples)
 
     def choose(embeds: jax.Array, length: int) -> int:
         lengths = jnp.asarray([length])

@@ -30,7 +30,8 @@ import train
 import weights
 import whisper
 from benchmarks import side_by_side
-from runtime import attention, compiling, cost, recipe, sharding
+from runtime import attention, sharding
+from training import compilation, cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 BATCHES = 32, 24, 16, 8, 4
@@ -133,7 +134,7 @@ def step(
         "recompute": recompute,
         "seconds": median(times),
         "flops": work * size / median(times),
-        "memory": peak or compiling.bytes_needed(compiled.memory_analysis()),
+        "memory": peak or compilation.bytes_needed(compiled.memory_analysis()),
         "finite": bool(np.asarray(metrics["finite"]).all()),
     }
 

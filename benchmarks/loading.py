@@ -34,7 +34,8 @@ import tyro
 import llama
 import weights
 from benchmarks import side_by_side
-from runtime import cost, sharding
+from runtime import sharding
+from training import cost
 
 DEVICES = 8
 SHARDS = 4

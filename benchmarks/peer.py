@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import connector
-from runtime import recipe
+from training import recipe
 
 
 class DiVA(torch.nn.Module):

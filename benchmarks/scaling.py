@@ -14,7 +14,7 @@ import tyro
 
 import train
 from benchmarks import side_by_side
-from runtime import compiling, cost, recipe
+from training import compilation, cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = ("v5p:1x1x1", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8")
@@ -31,7 +31,7 @@ def measure(name: str) -> dict[str, Any]:
         "slice": name,
         "chips": program.chips,
         "flops": program.flops,
-        "memory": compiling.bytes_needed(program.memory),
+        "memory": compilation.bytes_needed(program.memory),
         "arguments": program.memory.argument_size_in_bytes,
         "sent": program.sent,
         "compile_seconds": round(found.seconds),

@@ -10,7 +10,7 @@ import connector
 import llama
 import weights
 import whisper
-from runtime import cost
+from training import cost
 
 WHISPER_TINY = cost.whisper_sizes(384, 4)
 LLAMA_60M = llama.LlamaConfig(

@@ -1,7 +1,7 @@
 """What a step takes on TPUs: `python -m benchmarks.slices` (some fifty minutes on a core).
 
 Compiles the published recipe and a cheaper one for slices of TPUs, without one (pip install
-'.[tpu]'), and prints the two tables of runtime/README.md. What was measured is kept in
+'.[tpu]'), and prints the two tables of training/README.md. What was measured is kept in
 runs/benchmarks/slices.json.
 """
 
@@ -11,7 +11,7 @@ import tyro
 
 import train
 from benchmarks import side_by_side
-from runtime import compiling, cost, recipe
+from training import compilation, cost, recipe
 
 FILE = Path(__file__).with_suffix(".json")
 SLICES = [
@@ -24,7 +24,7 @@ SLICES = [
 # As published; and for clips as Common Voice has them, of 5 s and 14 tokens, and at most 64 tokens.
 RECIPES = ("", "--queries 64 --window 10")
 WANTED = [(*row, flags) for row in SLICES for flags in RECIPES]
-# Dollars a chip-hour: runtime/README.md says where from.
+# Dollars a chip-hour: training/README.md says where from.
 PRICES = {"v4": 3.22, "v5p": 4.20, "v5e": 1.20, "v6e": 2.70}
 HEADINGS = (
     "preset | slice | chips | frozen weights | recomputes | memory, GiB a chip | through links, GB "
@@ -41,7 +41,7 @@ def measure(preset: str, name: str, flags: str) -> dict:
     config = recipe.parse(["--preset", preset, *flags.split(), "--compile-only", name])
     found = train.compile_for(config)
     chip, program = cost.CHIPS[found.devices[0].device_kind], found.program
-    bounds, roof, fair = compiling.step_times(program, chip)
+    bounds, roof, fair = compilation.step_times(program, chip)
     return {
         "preset": preset,
         "slice": name,
@@ -50,7 +50,7 @@ def measure(preset: str, name: str, flags: str) -> dict:
         "fsdp": found.mesh.shape["fsdp"],
         "recompute": found.recompute,
         "compile_seconds": round(found.seconds),
-        "memory": compiling.bytes_needed(program.memory),
+        "memory": compilation.bytes_needed(program.memory),
         "room": chip.memory,
         "collectives": {k: vars(c) for k, c in program.collectives.items()},
         "flops": sum(found.parts.values()),

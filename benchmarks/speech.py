@@ -26,7 +26,7 @@ import tyro
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from runtime.recording import SAMPLE_RATE
+from formats.audio_files import SAMPLE_RATE
 
 FOLDER = Path(__file__).parent
 WORDS = (4, 14)  # of a sentence

@@ -25,7 +25,8 @@ import llama
 import train
 import weights
 from benchmarks import side_by_side, sizes
-from runtime import cost, files, recipe, sharding
+from runtime import files, sharding
+from training import cost, recipe
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")

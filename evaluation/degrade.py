@@ -12,7 +12,7 @@ the report. The noise is drawn from the names of kind and clip alone; what is he
 runs/degraded, to be listened to.
 
 Axes: S audio samples.
-Reads: suites.py, runtime/recording.py.   Read next: tasks.py.
+Reads: suites.py, formats/audio_files.py.   Read next: tasks.py.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ import soundfile
 from jaxtyping import Float
 
 from evaluation.suites import Example
-from runtime import files, recording
+from formats import audio_files
+from runtime import files
 
 FOLDER = Path("runs/degraded")
 TALKERS = 4  # in a babble
@@ -92,10 +93,10 @@ def _made(
     made_of = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in sources]
     file = folder / f"{Path(sources[0]).stem}-{zlib.crc32(repr(made_of).encode()):08x}.wav"
     if not file.is_file():
-        clip, *others = map(recording.load, sources)
+        clip, *others = map(audio_files.load, sources)
         with files.whole(file) as partial:
             heard = degraded(kind, value, clip, others, rng)
-            soundfile.write(partial, heard, recording.SAMPLE_RATE, "FLOAT", format="WAV")
+            soundfile.write(partial, heard, audio_files.SAMPLE_RATE, "FLOAT", format="WAV")
     return str(file)
 
 
@@ -113,7 +114,7 @@ def degraded(
         ratio = fractions.Fraction(value).limit_denominator(100)
         return resample_poly(clip, ratio.denominator, ratio.numerator)
     if kind == "reverb":
-        length = math.ceil(value * recording.SAMPLE_RATE)
+        length = math.ceil(value * audio_files.SAMPLE_RATE)
         room = rng.normal(size=length) * 10 ** (-3 * np.arange(length) / length)
         room[0] = np.linalg.norm(room[1:])  # as much of the sound comes directly as by the walls
         return _as_loud(np.convolve(clip, room)[: len(clip)], power(clip))

@@ -11,7 +11,7 @@
 Every reader takes the published layout. What cannot be asked (a question without an answer, an
 emotion outside the task) is left out and counted; a clip whose audio is missing counts as wrong.
 
-Reads: unpack.py, runtime/parquet.py.   Read next: tasks.py.
+Reads: unpack.py, formats/parquet.py.   Read next: tasks.py.
 """
 
 import collections
@@ -37,7 +37,8 @@ from evaluation.unpack import (
     wavs,
     words,
 )
-from runtime import files, parquet
+from formats import parquet
+from runtime import files
 
 DIALECTS = tuple("aus gbr ind_n ind_s irl kenya nga nzl phl usa zaf".split())  # SD-QA's folders
 PAPER_LANGUAGES = ("ar", "zh-CN", "de", "id", "ja", "ta", "tr")  # of the paper's chart, out of 15

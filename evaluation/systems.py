@@ -32,7 +32,8 @@ from tqdm import tqdm
 import connector
 import generate
 import llama
-from runtime import recording, sharding
+from formats import audio_files
+from runtime import sharding
 
 SYSTEMS = ("untrained", "diva", "cascade", "text")
 ROUND = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -374,7 +375,7 @@ def loaded(
         audio = np.zeros((size, window), np.float32)
         for row, clip in zip(audio, some, strict=False):
             try:
-                row[:] = recording.load_window(clip, window)[0]
+                row[:] = audio_files.load_window(clip, window)[0]
             except (ValueError, OSError) as error:
                 failed[clip] = str(error)
                 tqdm.write(f"counted as wrong: {error}")

@@ -1,6 +1,6 @@
 """Unpack: what published sets are made of. Files to be found, videos, clips inside tables, pickles.
 
-Reads: runtime/files.py, runtime/parquet.py.   Read next: suites.py.
+Reads: runtime/files.py, formats/parquet.py.   Read next: suites.py.
 """
 
 import codecs
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime import files, parquet
+from formats import parquet
+from runtime import files
 
 MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff": ".mp3"}
 

@@ -26,7 +26,8 @@ from jaxtyping import Float
 from evaluation.published import VOICEBENCH
 from evaluation.suites import Example, Rows, Suite, reader
 from evaluation.unpack import unpacked
-from runtime import files, parquet
+from formats import parquet
+from runtime import files
 
 SUBSETS = {  # what counts, the headline first; further columns of the table
     "alpacaeval_full": ("judged prompt_ignoring", ""),

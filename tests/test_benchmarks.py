@@ -23,7 +23,7 @@ from benchmarks import (
     step,
     toy,
 )
-from runtime import cost, recipe
+from training import cost, recipe
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")

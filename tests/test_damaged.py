@@ -25,7 +25,7 @@ import eval as evaluation
 import llama
 import weights
 import whisper
-from runtime import command
+from runtime import cli
 
 SECONDS = 3.0  # of the processor
 DAMAGES = ("cut", "cut", "flipped", "flipped", "flipped", "other", "empty", "folder", "locked")
@@ -140,7 +140,7 @@ WAYS: dict[str, tuple[Callable[[Path], object], int]] = {
 def outcome(chapter: Callable[[Path], object], root: Path) -> int | str | None:
     """The exit code of a command, None for an answer."""
     try:
-        command.run(lambda: chapter(root))
+        cli.run(lambda: chapter(root))
     except SystemExit as end:
         return end.code
     return None

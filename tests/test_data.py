@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 import data
 from evaluation import suites
-from runtime import recording
+from formats import audio_files
 
-RATE = recording.SAMPLE_RATE
+RATE = audio_files.SAMPLE_RATE
 V17 = (  # Common Voice 17.0's header
     "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender\t"
     "accents\tvariant\tlocale\tsegment"
@@ -90,7 +90,7 @@ def test_a_common_voice_folder_gives_paths_sentences_and_what_else_is_known(voic
         },
     )
     assert b.text == "It's \"fine\", isn't it?" and "accents" not in b.meta
-    samples = recording.load(a.audio)
+    samples = audio_files.load(a.audio)
     # 440 Hz stay; MP3 is lossy: 2 % of the amplitude
     assert len(samples) == RATE // 4 and abs(part_of(samples, 440) - 0.5) < 0.01
 
@@ -258,7 +258,7 @@ def test_a_librispeech_split_gives_clips_texts_and_speakers(libri):
     for clip in clips:
         name = Path(clip.audio).stem
         assert clip.text == f"i'm {name}" and clip.meta == {"speaker": name.split("-")[0]}
-        assert len(recording.load(clip.audio)) == RATE // 10
+        assert len(audio_files.load(clip.audio)) == RATE // 10
     assert data.read_clips(libri / "train-clean-100") == clips
 
 
@@ -414,7 +414,7 @@ def test_any_rate_becomes_16_khz_with_the_same_tone_and_length(tmp_path, rate, h
     """Frequency and amplitude survive, and nothing else appears."""
     for seconds in (0.5, 0.3337):
         sound = tone(hertz, seconds, rate)
-        samples = recording.load(write_audio(tmp_path / "a.wav", sound, rate, subtype="FLOAT"))
+        samples = audio_files.load(write_audio(tmp_path / "a.wav", sound, rate, subtype="FLOAT"))
         assert samples.dtype == np.float32 and samples.ndim == 1
         assert len(samples) == -(-len(sound) * RATE // rate), "ceil: at most one sample more"
         # scipy's default low-pass (Kaiser, beta 5) ripples by 0.1 % in the band
@@ -427,7 +427,7 @@ def test_any_rate_becomes_16_khz_with_the_same_tone_and_length(tmp_path, rate, h
 def test_16_khz_mono_passes_unchanged(tmp_path):
     sound = np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
     file = write_audio(tmp_path / "a.wav", sound, subtype="FLOAT")
-    np.testing.assert_array_equal(recording.load(file), sound)
+    np.testing.assert_array_equal(audio_files.load(file), sound)
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000, 96_000])
@@ -437,7 +437,7 @@ def test_a_tone_above_the_new_nyquist_frequency_is_removed(tmp_path, rate):
     Taking every third sample would leave the alias at 0 dB; a filter that is too short, at -20 dB.
     """
     file = write_audio(tmp_path / "a.wav", tone(10_000, 0.5, rate), rate, subtype="FLOAT")
-    inner = recording.load(file)[RATE // 20 : -RATE // 20]
+    inner = audio_files.load(file)[RATE // 20 : -RATE // 20]
     left = 20 * np.log10(np.sqrt(2 * np.mean(inner**2)) / 0.5)
     assert left < -50, f"{left:.1f} dB of the tone are left"
 
@@ -445,7 +445,7 @@ def test_a_tone_above_the_new_nyquist_frequency_is_removed(tmp_path, rate):
 def test_channels_are_averaged(tmp_path):
     """Two voices on two channels are both heard at half their amplitude."""
     sound = np.stack([tone(440, 0.5, 48_000, 0.8), tone(1000, 0.5, 48_000, 0.4)], 1)
-    samples = recording.load(write_audio(tmp_path / "a.wav", sound, 48_000, subtype="FLOAT"))
+    samples = audio_files.load(write_audio(tmp_path / "a.wav", sound, 48_000, subtype="FLOAT"))
     assert samples.shape == (RATE // 2,)
     # 0.1 %: ripple of the low-pass
     assert abs(part_of(samples, 440) - 0.4) < 0.001 and abs(part_of(samples, 1000) - 0.2) < 0.001
@@ -465,7 +465,7 @@ def test_every_usual_format_is_decoded(tmp_path, kind):
     """Same length to the sample (encoder delay is taken away) and the same tone."""
     how, tolerance = FORMATS[kind]
     file = write_audio(tmp_path / f"a.{kind}", tone(440, 0.5, 48_000), 48_000, **how)
-    samples = recording.load(file)
+    samples = audio_files.load(file)
     assert len(samples) == RATE // 2
     assert abs(part_of(samples, 440) - 0.5) < tolerance
     assert np.abs(samples).max() < 0.6  # overshoot at the edges
@@ -474,7 +474,7 @@ def test_every_usual_format_is_decoded(tmp_path, kind):
 def test_a_missing_recording_is_refused(tmp_path):
     for path in (tmp_path / "a.wav", tmp_path):
         say = f"{path} is missing; expected an audio file. Check the path"
-        refused(FileNotFoundError, partial(recording.load, path), say)
+        refused(FileNotFoundError, partial(audio_files.load, path), say)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF, but not really", b"ID3\x04" + bytes(500)])
@@ -483,7 +483,7 @@ def test_what_is_no_audio_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     refused(
         ValueError,
-        partial(recording.load, tmp_path / name),
+        partial(audio_files.load, tmp_path / name),
         f"{tmp_path / name}: not audio that can be decoded (",
         "expected MP3, FLAC, Ogg or WAV. Convert or remove the file",
     )
@@ -495,13 +495,13 @@ def test_a_recording_cut_short_is_refused(tmp_path, share):
     file = write_audio(tmp_path / "a.flac", tone(440, 2) + tone(1234, 2, peak=0.1))
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     say = f"{file}: not audio that can be decoded ("
-    refused(ValueError, partial(recording.load, file), say, "Convert or remove the file")
+    refused(ValueError, partial(audio_files.load, file), say, "Convert or remove the file")
 
 
 def test_a_recording_without_samples_is_refused(tmp_path):
     file = write_audio(tmp_path / "a.wav", np.zeros(0))
     say = f"{file}: no samples; expected audio. Record it again or remove it"
-    refused(ValueError, partial(recording.load, file), say)
+    refused(ValueError, partial(audio_files.load, file), say)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -512,17 +512,17 @@ def test_a_recording_with_a_number_that_is_not_finite_is_refused(tmp_path, value
     sound[50, 1] = value
     file = write_audio(tmp_path / "a.wav", sound, rate, subtype="FLOAT")
     say = f"{file}: holds NaN or infinity; expected samples in [-1, 1]. Remove it"
-    refused(ValueError, partial(recording.load, file), say)
+    refused(ValueError, partial(audio_files.load, file), say)
 
 
 def test_padding_puts_silence_behind_and_cuts_nothing():
     """A clip as long as the window fits; one sample more is an error that gives both lengths."""
     clips = [np.ones(3, np.float32), np.ones(5, np.float32), np.ones(0, np.float32)]
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(recording.pad(clips, 5), expected)
+    np.testing.assert_array_equal(audio_files.pad(clips, 5), expected)
     refused(
         ValueError,
-        partial(recording.pad, [np.ones(48_001, np.float32)], 48_000),
+        partial(audio_files.pad, [np.ones(48_001, np.float32)], 48_000),
         "a clip has 3.00 s; expected at most the model's window of 3 s. Split it at a pause",
     )
 
@@ -530,12 +530,12 @@ def test_padding_puts_silence_behind_and_cuts_nothing():
 def test_a_file_is_padded_to_the_window_or_refused_by_name(tmp_path):
     """One row with silence behind; what does not fit is an error that names the file, once."""
     file = write_audio(tmp_path / "a.wav", tone(440, 1.5))
-    row = recording.load_window(file, 2 * RATE)
+    row = audio_files.load_window(file, 2 * RATE)
     assert row.shape == (1, 2 * RATE) and not row[0, 3 * RATE // 2 :].any()
-    np.testing.assert_array_equal(row[0, : 3 * RATE // 2], recording.load(file))
+    np.testing.assert_array_equal(row[0, : 3 * RATE // 2], audio_files.load(file))
     refused(
         ValueError,
-        partial(recording.load_window, file, RATE),
+        partial(audio_files.load_window, file, RATE),
         f"{file}: longer than the model's window of 1 s; expected at most that. Split it at a",
     )
 
@@ -546,23 +546,23 @@ def test_the_window_is_exact_at_any_rate(tmp_path, seconds):
     samples = tone(440, 2.0, rate=44100)[: round(seconds * 44100)]
     file = write_audio(tmp_path / "a.wav", samples, rate=44100)
     if seconds == 1.0:
-        assert recording.load_window(file, RATE).shape == (1, RATE)
+        assert audio_files.load_window(file, RATE).shape == (1, RATE)
     else:
         say = "longer than the model's window"
-        refused(ValueError, partial(recording.load_window, file, RATE), say)
+        refused(ValueError, partial(audio_files.load_window, file, RATE), say)
 
 
 def test_of_a_long_file_no_more_than_the_window_is_decoded(tmp_path, monkeypatch):
     file, decoded = write_audio(tmp_path / "a.wav", tone(440, 4.0)), []
-    monkeypatch.setattr(recording, "BLOCK", RATE // 2)
+    monkeypatch.setattr(audio_files, "BLOCK", RATE // 2)
     read = soundfile.SoundFile.read
     monkeypatch.setattr(
         soundfile.SoundFile, "read", lambda *a, **k: decoded.append(read(*a, **k)) or decoded[-1]
     )
-    refused(ValueError, partial(recording.load, file, 1.0), file, "longer than")
+    refused(ValueError, partial(audio_files.load, file, 1.0), file, "longer than")
     assert sum(map(len, decoded)) == 3 * RATE // 2
     decoded.clear()
-    np.testing.assert_allclose(recording.load(file), tone(440, 4.0), atol=1e-4)
+    np.testing.assert_allclose(audio_files.load(file), tone(440, 4.0), atol=1e-4)
     assert len(decoded) == 9, "block by block, and an empty one at the end"
 
 
@@ -570,7 +570,9 @@ def test_of_a_long_file_no_more_than_the_window_is_decoded(tmp_path, monkeypatch
 def test_a_rate_that_nobody_records_at_is_refused_before_it_is_resampled(tmp_path, rate):
     """A header may ask for a filter of a billion taps."""
     file = write_audio(tmp_path / "a.wav", tone(440, 0.1), rate=rate)
-    refused(ValueError, partial(recording.load, file), f"{file}: {rate} samples a second", "768000")
+    refused(
+        ValueError, partial(audio_files.load, file), f"{file}: {rate} samples a second", "768000"
+    )
 
 
 # --------------------------------------------------------------------------------- what can be used
@@ -840,7 +842,7 @@ class Decoder:
 @pytest.fixture
 def decoder(monkeypatch) -> Decoder:
     decoder = Decoder()
-    monkeypatch.setattr(recording, "load", decoder)
+    monkeypatch.setattr(audio_files, "load", decoder)
     return decoder
 
 
@@ -915,7 +917,7 @@ def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
     batch = take(1, corpus, batch_size=2, seed=0)[0]
     for n, file in enumerate(files):
         audio = batch["audio"][numbers(batch).index(n)]
-        expected = recording.load(file)
+        expected = audio_files.load(file)
         step = max(1, np.abs(expected).max()) / 32767
         assert np.abs(audio[: len(expected)] - expected).max() < 0.51 * step
         assert not audio[len(expected) :].any()
@@ -1049,7 +1051,7 @@ def test_threads_that_meet_a_corrupt_clip_at_once_name_it_once(monkeypatch, capl
     def broken(path: str):
         raise Slow
 
-    monkeypatch.setattr(recording, "load", broken)
+    monkeypatch.setattr(audio_files, "load", broken)
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     take(2, made_up(1), batch_size=8, seed=0)
     assert len([r for r in caplog.records if r.msg.startswith("weight 0")]) == 1
@@ -1078,7 +1080,7 @@ def test_a_clip_as_long_as_the_window_survives_the_rounding_of_its_resampling(tm
     write_lines(tmp_path / "clip_durations.tsv", "clip\tduration[ms]", "a.wav\t300")
     write_lines(tmp_path / "train.tsv", OLD, "v1\ta.wav\thello\t2\t0\t\t\t")
     clips = data.read_clips(tmp_path)
-    assert len(recording.load(clips[0].audio)) == 4801
+    assert len(audio_files.load(clips[0].audio)) == 4801
     corpus = data.prepare(clips, encode, 4800, 3)
     batch = take(1, corpus, batch_size=1, seed=0)[0]
     assert batch["weights"] == [1] and batch["audio"].shape == (1, 4800)

@@ -19,11 +19,13 @@ import demo
 import eval as evaluation
 from benchmarks import pair, slices, toy
 from evaluation import suites, systems
-from runtime import cost, files, recipe
-from runtime.command import EXAMPLE
+from runtime import files
+from runtime.cli import EXAMPLE
+from training import cost, recipe
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("", "runtime", "evaluation", "toy", "benchmarks", "tests")
+PACKAGES = "runtime formats training evaluation serving".split()
+ROOMS = ("", *PACKAGES, "toy", "benchmarks", "tests")
 TEXTS = {room: (ROOT / room / "README.md").read_text(encoding="utf-8") for room in ROOMS}
 README, ALL = TEXTS[""], "\n".join(TEXTS.values())
 
@@ -86,7 +88,7 @@ def test_the_tables_of_slices_are_what_was_compiled():
     found = [(row["preset"], row["slice"], row["flags"]) for row in rows]
     assert found == slices.WANTED
     tables = slices.table(rows).split("\n\n")
-    assert len(tables) == 2 and all(table in TEXTS["runtime"] for table in tables)
+    assert len(tables) == 2 and all(table in TEXTS["training"] for table in tables)
     memory, room = (rows[0][name] / cost.GIB for name in ("memory", "room"))
     said = (
         f"{memory:.1f} of {room:.0f} GiB a chip, {rows[0]['step_seconds'][1]:.2f} s at 40 % of peak"
@@ -168,7 +170,7 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
     monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
-    monkeypatch.setitem(sys.modules, "runtime.page", types.ModuleType("runtime.page"))
+    monkeypatch.setitem(sys.modules, "serving.page", types.ModuleType("serving.page"))
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     monkeypatch.chdir(tmp_path)
     EXAMPLE.parent.mkdir(parents=True)

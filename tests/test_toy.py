@@ -17,7 +17,7 @@ import eval as evaluation
 import generate
 import llama
 from evaluation import metrics, systems
-from runtime import recording
+from formats import audio_files
 
 TOY = Path(__file__).parents[1] / "toy"
 CORPUS = TOY / "common_voice" / "en"
@@ -166,8 +166,8 @@ def test_the_shipped_whisper_transcribes(rows):
     """At most 5 % word errors on 128 dev clips, in voices that it has never heard."""
     asr = generate.Transcriber.load(TOY / "whisper")
     some = rows["dev"][:128]
-    clips = [recording.load(CORPUS / "clips" / row["path"]) for row in some]
-    heard = asr(jnp.asarray(recording.pad(clips, asr.model.config.window_samples)))
+    clips = [audio_files.load(CORPUS / "clips" / row["path"]) for row in some]
+    heard = asr(jnp.asarray(audio_files.pad(clips, asr.model.config.window_samples)))
     errors = sum(metrics.edits(h, r["sentence"]) for h, r in zip(heard, some, strict=True))
     assert errors / sum(len(row["sentence"].split()) for row in some) <= 0.05
 

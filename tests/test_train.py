@@ -41,7 +41,9 @@ import llama
 import train
 import weights
 import whisper
-from runtime import answers, command, cost, files, keeping, recipe, record, recording, sharding
+from formats import audio_files
+from runtime import cli, files, sharding
+from training import cost, precompute, recipe, record, teacher_responses
 
 STEPS, UNTIL = 30, 14
 WORDS = ["one", "two", "three", "four", "five", "six", "red", "green", "blue", "dog", "cat"]
@@ -280,7 +282,7 @@ def test_the_resume_command_gives_the_same_configuration():
 def test_unknown_preset_and_flag_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "diva-70b"])
     with pytest.raises(SystemExit, match="1"):
-        command.run(train.main)
+        cli.run(train.main)
     error = capsys.readouterr().err
     assert "diva-70b" in error and "diva-8b" in error and "Traceback" not in error
     with pytest.raises(SystemExit, match="2"):
@@ -601,7 +603,7 @@ def asked(root: Path, out: Path, most: int, stop_ids: tuple[int, ...], fsdp: int
     llm = sharding.place(llm, mesh)  # one that does not say the same all the time
     prefix, suffix = llama.Chat.load(root / "llama").wrap()
     prompts = [np.array([*prefix, *text, *suffix], np.int32) for text in TRANSCRIPTS]
-    found = answers._ask_all(llm, stop_ids, prompts, config_of(root, out), mesh, most)
+    found = teacher_responses._ask_all(llm, stop_ids, prompts, config_of(root, out), mesh, most)
     return llm, prompts, found
 
 
@@ -629,10 +631,10 @@ def test_the_teacher_answers_as_it_does_when_asked_alone(root, tmp_path, capsys)
 def test_of_an_answer_all_is_fed_but_its_last_token(root, tmp_path, monkeypatch):
     """Which is only predicted, by one state more; shorter answers are padded."""
     corpus = data.Corpus([], [np.array(text, np.int32) for text in TRANSCRIPTS[:3]], 8000, 8)
-    monkeypatch.setattr(answers, "_ask_all", lambda *_: [[7, 4], [4], [9, 8, 7, 6]])
+    monkeypatch.setattr(teacher_responses, "_ask_all", lambda *_: [[7, 4], [4], [9, 8, 7, 6]])
     turn = {"prefix": [1], "suffix": [2]}
     mesh, llm = sharding.make_mesh(8), llama.Llama.load(root / "llama")
-    found = answers.ask(llm, (4,), turn, config_of(root, tmp_path), mesh, corpus, 4)
+    found = teacher_responses.ask(llm, (4,), turn, config_of(root, tmp_path), mesh, corpus, 4)
     assert found["answers"].tolist() == [[7, 0, 0], [0, 0, 0], [9, 8, 7]]
     assert found["states"].tolist() == [2, 1, 4]
 
@@ -648,13 +650,13 @@ def test_answers_are_asked_once_for_an_llm_a_template_a_limit_and_a_text(
     root, tmp_path, monkeypatch
 ):
     """What was written is read again; what was not yet, or is of another kind, is asked."""
-    monkeypatch.setattr(answers, "PART", 2)
+    monkeypatch.setattr(teacher_responses, "PART", 2)
     before = asked(root, tmp_path, 4, (99,))[2]
     written = sorted((tmp_path / "answers").iterdir())
     assert len(written) == 2  # of 4 different transcripts
     written[0].unlink()
-    real, parts = answers._ask_some, []
-    monkeypatch.setattr(answers, "_ask_some", lambda *a: parts.append(a[1]) or real(*a))
+    real, parts = teacher_responses._ask_some, []
+    monkeypatch.setattr(teacher_responses, "_ask_some", lambda *a: parts.append(a[1]) or real(*a))
     after = asked(root, tmp_path, 4, (99,))[2]
     assert before == after
     assert len(parts) == 1 and len(parts[0]) == 2
@@ -747,9 +749,11 @@ def test_under_an_instruction_both_read_it_and_nothing_else_changes(
 def test_half_of_the_clips_stand_under_an_instruction():
     """Drawn by the seed alone."""
     five = {"prefix": [1], "prefixes": [[1]] * 5}
-    drawn, again, other = (answers.draw(five, 10_000, seed)["instruction"] for seed in (0, 0, 1))
+    drawn, again, other = (
+        teacher_responses.draw(five, 10_000, seed)["instruction"] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(drawn, again)
-    assert (drawn != other).any() and answers.draw({"prefix": [1]}, 10_000, 0) == {}
+    assert (drawn != other).any() and teacher_responses.draw({"prefix": [1]}, 10_000, 0) == {}
     shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
     assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
 
@@ -766,7 +770,7 @@ def test_a_run_on_whole_answers_under_instructions_goes_on_as_if_it_had_not_stop
     turn = files.read_json(tmp_path / "cut" / "turn.json")
     assert len(turn["prefixes"]) == 3 and turn["prefixes"][0] == turn["prefix"]
     instructions.write_text("green\n", encoding="utf-8")
-    monkeypatch.setattr(answers, "_ask_some", None)
+    monkeypatch.setattr(teacher_responses, "_ask_some", None)
     train.run(config_of(root, tmp_path / "cut", **changes))
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert a == b
@@ -822,8 +826,8 @@ def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
     root, tmp_path, monkeypatch
 ):
     changes = {"steps": 6, "save_every": 2, "frozen_states": "keep"}
-    real, read = recording.load, []
-    monkeypatch.setattr(recording, "load", lambda *a, **k: read.append(a) or real(*a, **k))
+    real, read = audio_files.load, []
+    monkeypatch.setattr(audio_files, "load", lambda *a, **k: read.append(a) or real(*a, **k))
     train.run(config_of(root, tmp_path / "whole", **changes))
     assert len(read) == 8 and rows_of(tmp_path / "whole")[-1]["step"] == 5
     train.run(config_of(root, tmp_path / "cut", until=3, **changes))
@@ -838,16 +842,16 @@ def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys
     config = config_of(root, tmp_path / "a", frozen_states="auto", response_tokens=2)
     corpus, state, _, _, work, _ = train.start(config, [mesh])
     kept = sum(corpus.more[name].nbytes for name in ("audio", "taught"))
-    assert kept == keeping.bytes_of(state[2].diva, corpus)
+    assert kept == precompute.bytes_of(state[2].diva, corpus)
     assert "kept what encoder and teacher say of 8 clips" in capsys.readouterr().out
-    monkeypatch.setattr(keeping, "ROOM", kept - 1)
+    monkeypatch.setattr(precompute, "ROOM", kept - 1)
     config = config_of(root, tmp_path / "b", frozen_states="auto", response_tokens=2)
     corpus, *_, whole, _ = train.start(config, [mesh])
     assert "audio" not in corpus.more and whole > work
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="--frozen-states keep: each of several processes"):
-        keeping.wanted("keep", state[2].diva, corpus)
-    assert not keeping.wanted("auto", state[2].diva, corpus)
+        precompute.wanted("keep", state[2].diva, corpus)
+    assert not precompute.wanted("auto", state[2].diva, corpus)
 
 
 # ------------------------------------------------------------------------- clips that are watched
@@ -856,7 +860,7 @@ def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys
 def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeypatch, not_compiled):
     """KL over each answer's tokens, then over clips; and the share of words that are nearest to
     their virtual tokens: in float64, one clip at a time."""
-    monkeypatch.setattr(answers, "MOST", 4)
+    monkeypatch.setattr(teacher_responses, "MOST", 4)
     config = config_of(root, tmp_path, fsdp=1, watch="train", queries=6)
     mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
     _, state, _, batch, *_ = train.start(config, [mesh])
@@ -1015,12 +1019,12 @@ def start_process(config: recipe.Config, **environment: str) -> subprocess.Popen
     arrives in the middle of the run on any machine."""
     code = (
         "import time, data, train\n"
-        "from runtime import command, sharding\n"
+        "from runtime import cli, sharding\n"
         "sharding.SMALL, plain = 64, data.batches\n"
         "def slow(*args, **kwargs):\n"
         "    for batch in plain(*args, **kwargs):\n"
         "        time.sleep(0.1); yield batch\n"
-        "data.batches = slow; command.run(train.main)"
+        "data.batches = slow; cli.run(train.main)"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *shlex.split(recipe.resume_command(config))[2:]],
@@ -1340,7 +1344,7 @@ def test_a_folder_that_cannot_be_written_is_a_message(root, tmp_path, capsys, mo
     config = config_of(root, tmp_path / "file" / "out")
     monkeypatch.setattr(sys, "argv", shlex.split(recipe.resume_command(config))[1:])
     with pytest.raises(SystemExit, match="1"):
-        command.run(train.main)
+        cli.run(train.main)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "file/out: could not be written" in error
     assert "--out" in error and "Traceback" not in error

@@ -17,7 +17,8 @@ import pytest
 from starlette.applications import Starlette
 
 import demo
-from runtime import command, completions
+from runtime import cli
+from serving import completions
 
 TOY = Path(demo.__file__).parent / "toy"
 REPEAT = {"role": "system", "content": "Repeat the input."}
@@ -30,7 +31,7 @@ def user(sound: bytes, *more: dict) -> dict:
     return {"role": "user", "content": [*more, part]}
 
 
-CLIP = TOY.parent / command.EXAMPLE
+CLIP = TOY.parent / cli.EXAMPLE
 QUESTION = user(CLIP.read_bytes())
 
 

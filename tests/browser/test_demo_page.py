@@ -27,8 +27,8 @@ import soundfile
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import demo
-from runtime import page as page_module
-from runtime import recording
+from formats import audio_files
+from serving import page as page_module
 
 TOY = Path(demo.__file__).parent / "toy"
 CLIPS = TOY / "common_voice/en/clips"
@@ -71,7 +71,7 @@ def address():
 def microphone(tmp_path_factory) -> Path:
     """The question, loud and clear, as Chromium's fake microphone wants it."""
     file = tmp_path_factory.mktemp("microphone") / "question.wav"
-    samples = recording.load(clip_that_says(QUESTION["text"]))
+    samples = audio_files.load(clip_that_says(QUESTION["text"]))
     lead, tail = np.zeros(int(0.3 * 16000)), np.zeros(16000 * 10)
     soundfile.write(file, np.concatenate([lead, samples, tail]), 16000, subtype="PCM_16")
     return file

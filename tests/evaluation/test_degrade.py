@@ -8,7 +8,7 @@ import soundfile
 
 from evaluation import degrade
 from evaluation.suites import Example
-from runtime.recording import load
+from formats.audio_files import load
 
 RATE = 16_000
 RNG = np.random.default_rng

@@ -24,7 +24,7 @@ import generate
 import llama
 from evaluation import systems
 from evaluation.systems import SYSTEMS, Ask, Models, Question, Responder
-from runtime import recording
+from formats import audio_files
 
 ROOM = universe.LLAMA.max_position_embeddings
 EVERY = set(SYSTEMS)
@@ -133,7 +133,7 @@ class Oracle:
         return self.answer(ask, self.table[self.tokens(text)])
 
     def audio(self, clip: str) -> jnp.ndarray:
-        return jnp.asarray(recording.pad([recording.load(clip)], universe.WINDOW))
+        return jnp.asarray(audio_files.pad([audio_files.load(clip)], universe.WINDOW))
 
     def hears(self, system: str, clip: str) -> np.ndarray:
         diva = eqx.tree_at(lambda d: d.connector, self.diva, self.connectors[system])
@@ -205,7 +205,7 @@ def no_clip_is_decoded(monkeypatch) -> None:
     def fail(*_):
         raise AssertionError("a clip is decoded")
 
-    monkeypatch.setattr(recording, "load_window", fail)
+    monkeypatch.setattr(audio_files, "load_window", fail)
 
 
 # ------------------------------------------------------------------------------------------- models

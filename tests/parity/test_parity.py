@@ -21,7 +21,7 @@ import demo
 import llama
 import whisper
 from benchmarks import step
-from runtime import recipe
+from training import recipe
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def test_a_step_has_the_losses_and_the_gradient_of_pytorchs():
 
 @pytest.mark.parametrize("instruction", [None, "Repeat the input."])
 def test_transformers_answers_a_written_prompt(tmp_path, instruction):
-    """From the embeddings alone, as runtime/README.md says: the same tokens as our own answer."""
+    """From the embeddings alone, as serving/README.md says: the same tokens as our own answer."""
     assistant = demo.Assistant.load("toy/diva")
     clip = sorted(Path("toy/common_voice/en/clips").glob("toy_en_dev_*.opus"))[3]
     demo.write_prompt(tmp_path / "prompt.safetensors", assistant, str(clip), instruction, False)

@@ -26,7 +26,7 @@ import fetch
 import generate
 import llama
 import whisper
-from runtime import recording
+from formats import audio_files
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("DIVA_REAL") or fetch.DEFAULT).resolve()
@@ -74,7 +74,9 @@ def test_whisper_hears_what_transformers_hears(clips, name):
         REAL / name, dtype=torch.float32
     )
     window = ours.model.config.window_samples
-    audio = np.concatenate([recording.load_window(clip, window) for clip in (clips[0], clips[-1])])
+    audio = np.concatenate(
+        [audio_files.load_window(clip, window) for clip in (clips[0], clips[-1])]
+    )
     extract = transformers.WhisperFeatureExtractor.from_pretrained(REAL / name)
     features = extract(list(audio), sampling_rate=16000, return_tensors="pt").input_features
     mel = whisper.log_mel(jnp.asarray(audio), ours.model.config.num_mel_bins)

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from test_sharding import equations, inside, laid_out
 
-from runtime import attention, hlo, sharding
+from runtime import attention, sharding
+from training import hlo
 
 ROUNDING = 16 * 2.0**-23  # f32: a chain of short sums, exp of scores of about 1
 BY_CLIP = P(sharding.AXES)

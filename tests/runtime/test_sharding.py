@@ -23,7 +23,8 @@ from jaxtyping import Array
 
 import weights
 import whisper
-from runtime import hlo, sharding
+from runtime import sharding
+from training import hlo
 
 N, B, D, WIDE = 3, 16, 32, 64  # layers, clips, width, inner width
 BY_CLIP = P(sharding.AXES)

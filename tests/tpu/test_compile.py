@@ -17,7 +17,8 @@ import test_cost
 
 import runtime
 import train
-from runtime import compiling, cost, hlo, recipe, sharding
+from runtime import sharding
+from training import compilation, cost, hlo, recipe
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install '.[tpu]'"
@@ -88,7 +89,7 @@ def test_the_published_step_on_the_published_slice():
 
 def test_a_tiny_step_on_a_small_slice():
     """In seconds: products as TPUs write them are read as what they are, and none is left out."""
-    devices, batch_size = compiling.slice_of("v5e:4x4"), 64
+    devices, batch_size = compilation.slice_of("v5e:4x4"), 64
     assert len(devices) == 16 and devices[0].device_kind == "TPU v5 lite"
     config = recipe.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=devices)
@@ -125,7 +126,7 @@ def test_two_compilers_move_the_same_numbers():
         return hlo.Program(step, len(devices)), test_cost.parameters(inputs[0][0])
 
     here, trained = compiled(jax.devices()[:8])
-    there, _ = compiled(compiling.slice_of("v5p:2x2x2"))
+    there, _ = compiled(compilation.slice_of("v5p:2x2x2"))
     assert here.flops == pytest.approx(there.flops, rel=0.01)
     ids = 4 * config.batch_size * (cost.TEXT + cost.SUFFIX + cost.TEXT)
     for kind, same in (("all-gather", ids), ("all-to-all", 0)):

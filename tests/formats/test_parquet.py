@@ -22,9 +22,9 @@ import soundfile
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 import data
-from runtime import parquet, recording
+from formats import audio_files, parquet
 
-RATE = recording.SAMPLE_RATE
+RATE = audio_files.SAMPLE_RATE
 SOUND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -90,7 +90,7 @@ def test_the_shards_of_a_split_are_found_in_every_layout(tmp_path, layout):
     assert [clip.text for clip in clips] == ["said 0", "said 1", "said 2"]
     assert [clip.audio for clip in clips] == [f"{file}, row 0" for file in files]
     for number, clip in enumerate(clips):
-        assert len(recording.load(clip.audio)) == RATE // 10 + number * RATE // 100
+        assert len(audio_files.load(clip.audio)) == RATE // 10 + number * RATE // 100
     assert data.read_clips(files[1]) == clips[1:2]
 
 
@@ -361,10 +361,10 @@ def test_a_row_holds_the_recording_that_was_put_in(tmp_path, kind, group):
     for n in (0, 4, 5, 12, 22):
         alone = tmp_path / f"alone.{kind.lower()}"
         alone.write_bytes(rows[n]["audio"]["bytes"])
-        heard = recording.load(f"{file}, row {n}")
-        np.testing.assert_array_equal(heard, recording.load(alone))
+        heard = audio_files.load(f"{file}, row {n}")
+        np.testing.assert_array_equal(heard, audio_files.load(alone))
     refused(
-        ValueError, partial(recording.load, f"{file}, row 23"), f"{file}, row 23: there is none"
+        ValueError, partial(audio_files.load, f"{file}, row 23"), f"{file}, row 23: there is none"
     )
 
 
@@ -391,7 +391,7 @@ def test_a_row_group_is_read_no_further_than_the_row(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    recording.load(f"{file}, row 29")
+    audio_files.load(f"{file}, row 29")
     assert read == [(8, ["audio"])] * 2
 
 
@@ -402,11 +402,11 @@ def test_a_row_without_bytes_names_a_file_beside_the_table(tmp_path, path):
     file = shard(tmp_path / "train.parquet", rows)
     clips = data.read_clips(tmp_path)
     if path == "7.flac":
-        assert len(recording.load(clips[1].audio)) == RATE * 17 // 100
+        assert len(audio_files.load(clips[1].audio)) == RATE * 17 // 100
         assert data.seconds_of(clips) == pytest.approx([0.1, 0.17])
     else:
         say = f"{file}, row 1: no bytes, and {tmp_path / path if path else 'no path'} in place of"
-        refused(FileNotFoundError, partial(recording.load, clips[1].audio), say)
+        refused(FileNotFoundError, partial(audio_files.load, clips[1].audio), say)
         assert data.seconds_of(clips) == pytest.approx([0.1, 0])
 
 
@@ -416,13 +416,13 @@ def test_a_row_without_bytes_names_a_file_beside_the_table(tmp_path, path):
 @pytest.fixture
 def scanned(tmp_path, monkeypatch) -> list[str]:
     """The tables whose recordings were read for their headers, with a cache of the test's own."""
-    scanned, plain = [], recording.seconds_in
+    scanned, plain = [], audio_files.seconds_in
 
     def seconds_in(table: str) -> list[float]:
         scanned.append(Path(table).name)
         return plain(table)
 
-    monkeypatch.setattr(recording, "seconds_in", seconds_in)
+    monkeypatch.setattr(audio_files, "seconds_in", seconds_in)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return scanned
 
@@ -473,9 +473,9 @@ def test_a_table_that_breaks_off_inside_has_no_durations_and_is_read_again(tmp_p
     for _ in range(2):
         assert data.seconds_of(clips) == [0.0] * 6
     assert len(scanned) == 2
-    assert len(recording.load(clips[5].audio)) == RATE * 15 // 100
+    assert len(audio_files.load(clips[5].audio)) == RATE * 15 // 100
     say = f"{file}, row 2: "
-    refused(ValueError, partial(recording.load, clips[2].audio), say, "Download it again")
+    refused(ValueError, partial(audio_files.load, clips[2].audio), say, "Download it again")
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 import connector
 import llama
 import whisper
-from runtime import cost, sharding
-from runtime.hlo import Program
+from runtime import sharding
+from training import cost
+from training.hlo import Program
 
 # Of XLA's compilers, by platform. Without this v4 awaits each gather where it starts; see LOG.md.
 OPTIONS = {"tpu": {"xla_enable_async_all_gather": True}}

@@ -4,7 +4,7 @@ It is a program in jinja's language that comes with the weights. It runs in a sa
 names, filters and tags that transformers gives it; whatever goes wrong in it is one line that names
 its file.
 
-Reads: files.py, settings.py.   Read next: ../llama.py.
+Reads: files.py, model_config.py.   Read next: ../llama.py.
 """
 
 import datetime
@@ -18,7 +18,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from runtime import files, settings
+from formats import model_config
+from runtime import files
 
 EXPECTED = (
     "a chat template that jinja can read and that writes such turns. Use an instruct model whose "
@@ -75,8 +76,8 @@ def load(folder: Path) -> Callable[[list[dict[str, str]]], str]:
         if name.endswith("_token") and isinstance(value, dict | str)
     }
     names = {"tools": None, "documents": None, "add_generation_prompt": True} | specials
-    made = settings.guarded(file, lambda: environment().from_string(source), EXPECTED)
-    return lambda messages: settings.guarded(
+    made = model_config.guarded(file, lambda: environment().from_string(source), EXPECTED)
+    return lambda messages: model_config.guarded(
         file, functools.partial(made.render, messages=messages, **names), EXPECTED
     )
 

@@ -1,4 +1,4 @@
-"""recording.py and containers.py: all that a file holds is heard, whatever its header says, or it
+"""audio_files.py and containers.py: all that a file holds is heard, whatever its header says, or it
 is refused by name.
 
 Axes: S audio samples.
@@ -14,9 +14,9 @@ import pytest
 import soundfile
 
 import data
-from runtime import containers, recording
+from formats import audio_files, containers
 
-RATE = recording.SAMPLE_RATE
+RATE = audio_files.SAMPLE_RATE
 PCM = ("WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "NIST")  # samples as they are
 
 
@@ -47,14 +47,14 @@ def put(content: bytes, at: int, value: int, code: str = "<I") -> bytes:
 
 def heard(file: Path, content: bytes) -> np.ndarray:
     file.write_bytes(content)
-    return recording.load(file)
+    return audio_files.load(file)
 
 
 def refused(file: Path, content: bytes, *parts: object, **how) -> None:
     """By name, in one line that holds every part."""
     file.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        recording.load(file, **how)
+        audio_files.load(file, **how)
     said = str(error.value)
     assert said.startswith(f"{file}: ") and "\n" not in said
     for part in parts:
@@ -145,7 +145,7 @@ def test_a_joined_mp3_that_was_cut_is_refused(tmp_path):
 def test_the_window_counts_all_parts_of_a_joined_mp3(tmp_path):
     content = mp3(A) + mp3(B)
     refused(tmp_path / "a.mp3", content, "longer than the model's window of 1.1 s", longest=1.1)
-    assert len(recording.load(tmp_path / "a.mp3", longest=1.2)) == len(A) + len(B)
+    assert len(audio_files.load(tmp_path / "a.mp3", longest=1.2)) == len(A) + len(B)
 
 
 @pytest.mark.parametrize("behind", [ID3V1, APE, APE + ID3V1, GARBAGE, bytes(5000)])
@@ -269,14 +269,14 @@ def test_every_other_container_is_heard_whole_or_refused(tmp_path, kind):
     content = encoded(tone(440, 1, rate), kind, rate, subtype=subtype)
     (tmp_path / "a").write_bytes(content)
     if kind in containers.FORMATS:
-        assert len(recording.load(tmp_path / "a")) == RATE
+        assert len(audio_files.load(tmp_path / "a")) == RATE
     else:
         say = "a length that cannot be checked (", "expected MP3, FLAC, Ogg or WAV. Convert"
         refused(tmp_path / "a", content, *say)
     for part in (content[: len(content) * 2 // 3], content + content):
         (tmp_path / "a").write_bytes(part)
         if kind == "MP3" and len(part) > len(content):
-            assert len(recording.load(tmp_path / "a")) == 2 * RATE
+            assert len(audio_files.load(tmp_path / "a")) == 2 * RATE
         else:
             refused(tmp_path / "a", part)
 
@@ -350,14 +350,14 @@ def test_what_overshoots_is_the_same_everywhere(tmp_path, peak):
     corpus = data.Corpus([data.Clip(str(file), "a")], [np.array([1], np.int32)], len(samples), 8)
     trained, is_heard = data._reader(corpus)(0)
     assert is_heard and np.abs(trained - samples).max() < 0.51 * max(1, peak) / 32767
-    np.testing.assert_array_equal(recording.load_window(file, len(samples))[0], samples)
+    np.testing.assert_array_equal(audio_files.load_window(file, len(samples))[0], samples)
 
 
 def test_a_file_of_a_gigabyte_is_refused_unread(tmp_path):
     with (tmp_path / "a.wav").open("wb") as file:
-        file.truncate(recording.LARGEST + 1)  # a hole, on any disk
+        file.truncate(audio_files.LARGEST + 1)  # a hole, on any disk
     with pytest.raises(ValueError, match="1,073,741,825 bytes; expected at most 1,073,741,824"):
-        recording.load(tmp_path / "a.wav")
+        audio_files.load(tmp_path / "a.wav")
 
 
 # ------------------------------------------------------------------------- how long, for a training
@@ -400,6 +400,6 @@ def test_a_clip_that_is_longer_than_its_header_says_has_weight_0_and_a_name(tmp_
 def test_clips_are_listed_without_decoding_them(tmp_path, monkeypatch, kind):
     """Two million of them: a header each."""
     (tmp_path / "a").write_bytes(encoded(A, kind))
-    monkeypatch.setattr(recording, "load", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(audio_files, "load", lambda path: pytest.fail("decoded"))
     monkeypatch.setattr(containers, "mp3_frames", lambda *_: pytest.fail("counted"))
-    assert recording.seconds(str(tmp_path / "a")) == pytest.approx(0.5)
+    assert audio_files.seconds(str(tmp_path / "a")) == pytest.approx(0.5)

@@ -19,7 +19,7 @@ import gradio as gr
 import jax
 
 from evaluation import tasks
-from runtime import completions
+from serving import completions
 
 OFFERED = Path(__file__).parents[1] / "toy/tasks"  # clips for who has no microphone, and prompts
 FAULTS = ValueError, OSError, jax.errors.JaxRuntimeError  # a bad clip; no file; no memory

@@ -31,7 +31,8 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from runtime import command, cost, files, sharding
+from runtime import cli, files, sharding
+from training import cost
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each error it also raises
 
@@ -59,7 +60,7 @@ def writing(where: Any) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1]
         if jax.process_count() > 1 and "barrier" in reason:  # where all wait for all
-            raise OSError(command.ALONE.format(reason)) from error
+            raise OSError(cli.ALONE.format(reason)) from error
         raise OSError(
             f"{where}: could not be written ({reason}). Older checkpoints are whole. Free some "
             "space or permit writing, then start the same command again; or choose another --out."

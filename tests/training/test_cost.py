@@ -22,7 +22,8 @@ import llama
 import train
 import weights
 import whisper
-from runtime import compiling, cost, hlo, recipe, sharding
+from runtime import sharding
+from training import compilation, cost, hlo, recipe
 
 ASR = whisper.WhisperConfig(
     d_model=32,
@@ -251,9 +252,9 @@ def test_a_slice_that_cannot_be_compiled_for_is_a_message(name, reason, monkeypa
     """One line: what was asked for, the compiler's reason, and what to write or install instead."""
     asked = []
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(compiling.topologies, "get_topology_desc", refuse(reason, asked))
+    monkeypatch.setattr(compilation.topologies, "get_topology_desc", refuse(reason, asked))
     with pytest.raises(ValueError) as error:
-        compiling.slice_of(name)
+        compilation.slice_of(name)
     message = str(error.value)
     assert message.startswith(f"--compile-only {name}: no such slice ({reason.splitlines()[0]})")
     assert "such as v4:4x4x8" in message and message.endswith("pip install '.[tpu]'.")
@@ -266,9 +267,9 @@ def test_a_slice_that_cannot_be_compiled_for_is_a_message(name, reason, monkeypa
 def test_a_slice_of_chips_without_figures_is_a_message(monkeypatch):
     found = types.SimpleNamespace(devices=[types.SimpleNamespace(device_kind="TPU v3")])
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(compiling.topologies, "get_topology_desc", lambda **_: found)
+    monkeypatch.setattr(compilation.topologies, "get_topology_desc", lambda **_: found)
     with pytest.raises(ValueError, match=r"v3:2x2.*of a TPU v3 are not known.*TPU v4, TPU v5 lite"):
-        compiling.slice_of("v3:2x2")
+        compilation.slice_of("v3:2x2")
 
 
 # ------------------------------------------------------------------------------ programs, by hand
@@ -769,7 +770,7 @@ def needing(**sizes: int) -> dict:
 def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
     """Really compiled: attention where that fits, layers where only they do; a wish is obeyed."""
     programs, auto = compiled[1], recipe.Config(batch_size=BATCH)
-    needed = {way: compiling.bytes_needed(programs[way].memory_analysis()) for way in WAYS}
+    needed = {way: compilation.bytes_needed(programs[way].memory_analysis()) for way in WAYS}
     assert needed["layers"] < needed["attention"]
     for room, way in ((needed["attention"], "attention"), (needed["attention"] - 1, "layers")):
         assert choose(monkeypatch, programs, auto, room) == (programs[way], way)
@@ -800,7 +801,7 @@ def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, comp
 
     def lower(*state, recompute, mesh, **_):
         tried.append((recompute, mesh.shape["fsdp"]))
-        size = {"attention": 6, "layers": 1}[recompute] * gib + compiling.bytes_held(inputs(mesh))
+        size = {"attention": 6, "layers": 1}[recompute] * gib + compilation.bytes_held(inputs(mesh))
         return types.SimpleNamespace(compile=lambda _: needing(it=size)["it"])
 
     monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
@@ -844,7 +845,7 @@ def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
         some = dataclasses.replace(config, micro_batch=size)
         inputs = state, batch_of(config, ASR, mesh)
         program, *_ = train.compile_step(some, [mesh], math.inf, lambda _, inputs=inputs: inputs)
-        needed[size] = compiling.bytes_needed(program.memory_analysis())
+        needed[size] = compilation.bytes_needed(program.memory_analysis())
     assert needed[BATCH // 4] < needed[BATCH // 2] < needed[None]
     some = dataclasses.replace(config, recompute="attention")
     with pytest.raises(ValueError) as error:
@@ -858,10 +859,10 @@ def test_a_micro_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match=r"--micro-batch 3: expected a divisor of the 8 clips of e"
     ):
-        compiling.at_once(config, sharding.make_mesh(64))
+        compilation.at_once(config, sharding.make_mesh(64))
     for size, found in ((None, None), (8, None), (16, None), (4, 4)):
         some = dataclasses.replace(config, micro_batch=size)
-        assert compiling.at_once(some, sharding.make_mesh(64)) == found
+        assert compilation.at_once(some, sharding.make_mesh(64)) == found
 
 
 @pytest.mark.parametrize("room", [2**28, 2**20])
@@ -902,7 +903,7 @@ def test_nothing_has_no_sign(size, text):
 def test_bytes_needed():
     """Arguments, outputs that do not take their place, temporaries and the program itself."""
     sizes = memory(argument=1000, output=300, alias=200, temp=50, generated_code=7)
-    assert compiling.bytes_needed(sizes) == 1000 + 300 - 200 + 50 + 7
+    assert compilation.bytes_needed(sizes) == 1000 + 300 - 200 + 50 + 7
 
 
 def test_the_report_by_hand():
@@ -919,7 +920,7 @@ def test_the_report_by_hand():
     step = program(text, chips=4, once=2e12, **sizes)
     chip = cost.Chip(flops=1e13, memory=16.0 * gib, bandwidth=1e12, links=2e9)
     parts = {"encoder": 0.4e12, "teacher": 0.6e12}  # 1 TFLOP a clip, of 4 on a chip
-    report = compiling.report(step, parts, 0.25e12, chip, 16, 100)
+    report = compilation.report(step, parts, 0.25e12, chip, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}
     assert rows["arguments"] == ["6.00", "GiB"] and rows["outputs"] == ["2.00", "GiB"]
     assert rows["of these in place of arguments"] == ["-1.00", "GiB"]
@@ -945,7 +946,7 @@ def test_the_report_by_hand():
         and rows["traffic as it is scheduled"] == said
     )
     fast = dataclasses.replace(chip, links=2e11)
-    report = compiling.report(step, parts, 0.25e12, fast, 16, 100)
+    report = compilation.report(step, parts, 0.25e12, fast, 16, 100)
     rows = {line[:34].strip(): line[34:].split() for line in report.splitlines() if line}
     assert rows["links"] == ["0.030"] and rows["at 100 % of peak"][0] == "0.500"
     assert rows["at 40 % of peak"] == ["1.250", *"100 steps in 2 min, 13 clips/s".split()]

@@ -31,7 +31,8 @@ from jaxtyping import Array, Int, Int32
 import data
 import generate
 import llama
-from runtime import files, record, sharding
+from runtime import files, sharding
+from training import record
 
 AT_ONCE = 32  # prompts that a device answers together
 PART = 1024  # prompts in a file

@@ -20,7 +20,8 @@ import numpy as np
 import soundfile as sf
 from jaxtyping import Float, Float32
 
-from runtime import containers, files, parquet
+from formats import containers, parquet
+from runtime import files
 
 SAMPLE_RATE = 16_000
 RATES = 1_000, 768_000  # samples a second that are believed

@@ -1,4 +1,4 @@
-"""runtime/command.py: what a user meets first: help, errors, Ctrl-C, terminals of old."""
+"""runtime/cli.py: what a user meets first: help, errors, Ctrl-C, terminals of old."""
 
 import dataclasses
 import importlib
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from runtime import command
+from runtime import cli
 
-ROOT = Path(command.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[1]
 CHAPTERS = "weights whisper llama generate connector distill_loss data train eval demo".split()
 
 
@@ -76,27 +76,27 @@ LOST = (
 ASLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 # what the user's own handler makes a wish of is not ended
 WISHING = (
-    "import time; from runtime import record\n"
+    "import time; from training import record\n"
     "    with record.Stop() as stop:\n"
     "        print('ready', flush=True)\n"
-    f"        time.sleep({command.PATIENCE + 1.5})\n"
+    f"        time.sleep({cli.PATIENCE + 1.5})\n"
     "        print('asked', stop.asked)"
 )
 
 
 @pytest.mark.parametrize("work", [ASLEEP, LOST, BLOCKED])
 def test_ctrl_c_is_one_line_and_130_also_where_python_hears_nothing(work):
-    process = started(f"from runtime import command\ndef main(): {work}\ncommand.run(main, 'bye')")
+    process = started(f"from runtime import cli\ndef main(): {work}\ncommand.run(main, 'bye')")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     output, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.strip() == "bye" and not output
-    assert time.monotonic() - began < command.PATIENCE + 5
+    assert time.monotonic() - began < cli.PATIENCE + 5
 
 
 def test_ctrl_c_that_is_a_wish_ends_nothing():
-    process = started(f"from runtime import command\ndef main():\n    {WISHING}\ncommand.run(main)")
+    process = started(f"from runtime import cli\ndef main():\n    {WISHING}\ncommand.run(main)")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=60)
@@ -105,7 +105,7 @@ def test_ctrl_c_that_is_a_wish_ends_nothing():
 
 def test_after_a_command_ctrl_c_is_as_it_was():
     before = signal.getsignal(signal.SIGINT)
-    command.run(lambda: None)
+    cli.run(lambda: None)
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -116,13 +116,13 @@ def test_after_a_command_ctrl_c_is_as_it_was():
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_what_a_terminal_cannot_show_is_replaced(encoding):
     code = (
-        "from runtime import command\n"
+        "from runtime import cli\n"
         "from tqdm import tqdm\n"
         "def main():\n"
         "    print('\\u5927 done')\n"
         "    list(tqdm([1], desc='\\u5927'))\n"
         "    raise ValueError('\\u5927 is missing')\n"
-        "command.run(main)"
+        "cli.run(main)"
     )
     process = started(code, PYTHONIOENCODING=encoding)
     output, error = process.communicate(timeout=60)
@@ -137,12 +137,12 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
     """In the cache, or where the user says; the second start compiles nothing anew."""
     code = (
         "import jax\n"
-        "from runtime import command\n"
+        "from runtime import cli\n"
         "jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)\n"
         "def main():\n"
         "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "    jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((3, 4)))\n"
-        "command.run(main)"
+        "cli.run(main)"
     )
     for where in (tmp_path / "diva" / "xla", tmp_path / "elsewhere"):
         told = {} if where.name == "xla" else {"JAX_COMPILATION_CACHE_DIR": str(where)}
@@ -157,7 +157,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
 
 def test_where_nothing_can_be_kept_nothing_is_said(tmp_path):
     (tmp_path / "a file").touch()
-    code = "import jax\nfrom runtime import command\ncommand.run(lambda: jax.numpy.ones(3) + 1)"
+    code = "import jax\nfrom runtime import cli\ncommand.run(lambda: jax.numpy.ones(3) + 1)"
     away = {"XDG_CACHE_HOME": str(tmp_path / "a file"), "JAX_COMPILATION_CACHE_DIR": ""}
     process = started(code, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", **away)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
@@ -168,9 +168,9 @@ def test_where_nothing_can_be_kept_nothing_is_said(tmp_path):
 
 def test_a_number_below_the_least_is_named_as_the_flag():
     made = dataclasses.make_dataclass("Made", ["batch_size", "seed"])
-    command.at_least(made(1, 0), batch_size=1, seed=0)
+    cli.at_least(made(1, 0), batch_size=1, seed=0)
     with pytest.raises(ValueError, match="--batch-size 0: expected at least 1"):
-        command.at_least(made(0, 0), batch_size=1, seed=0)
+        cli.at_least(made(0, 0), batch_size=1, seed=0)
 
 
 def test_what_a_damaged_file_held_is_no_command_to_the_terminal(capsys):
@@ -180,5 +180,5 @@ def test_what_a_damaged_file_held_is_no_command_to_the_terminal(capsys):
         raise ValueError("a.tsv: found \x1b[2J\r\x85b\nc")
 
     with pytest.raises(SystemExit):
-        command.run(refuse)
+        cli.run(refuse)
     assert capsys.readouterr().err == "error: a.tsv: found \\x1b[2J\\r\\x85b\nc\n"

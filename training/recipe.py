@@ -5,14 +5,14 @@
     PRESETS     the toy universe; a pair without a licence to accept; the published runs
 
 Source: Held et al. 2024, section 4 and its published code.
-Reads: command.py, files.py.   Read next: cost.py.
+Reads: cli.py, files.py.   Read next: cost.py.
 """
 
 import dataclasses
 import functools
 from typing import Literal
 
-from runtime import command, files
+from runtime import cli, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Config(Recipe):
     max_undecodable: float = 0.01
 
     def __post_init__(self):
-        command.at_least(
+        cli.at_least(
             self, steps=1, batch_size=1, watch_every=1, save_every=1, keep=1, log_every=1, seed=0
         )
         if self.response_tokens != "all":
-            command.at_least(self, response_tokens=1)
+            cli.at_least(self, response_tokens=1)
         if self.micro_batch is not None:
-            command.at_least(self, micro_batch=1)
+            cli.at_least(self, micro_batch=1)
         if self.tasks and self.out and files.in_bucket(self.out):
             raise ValueError(
                 f"--tasks {self.tasks}: a student in a bucket is not evaluated. Expected --tasks "
@@ -157,7 +157,7 @@ def parse(args: list[str]) -> Config:
 
     Raises ValueError for models that would get the toy's recipe without a word said.
     """
-    config, toy = command.parse(PRESETS, args, "train.py"), PRESETS["toy"]
+    config, toy = cli.parse(PRESETS, args, "train.py"), PRESETS["toy"]
     silent = not any(arg.split("=")[0] == "--preset" for arg in args)
     if silent and (config.whisper, config.llm) != (toy.whisper, toy.llm):
         raise ValueError(
@@ -170,7 +170,7 @@ def parse(args: list[str]) -> Config:
 
 def resume_command(config: Config) -> str:
     """The command line that goes on with this run."""
-    return command.line(PRESETS, config, "train.py", without=("until", "profile"))
+    return cli.line(PRESETS, config, "train.py", without=("until", "profile"))
 
 
 def recipe_of(config: Config) -> Recipe:

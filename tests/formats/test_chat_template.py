@@ -1,4 +1,4 @@
-"""runtime/template.py: a model's template gets what transformers gives it; its errors are a line.
+"""formats/chat_template.py: a template gets what transformers gives it; its errors are one line.
 
 What each template writes here was written by transformers' apply_chat_template too.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import template
+from formats import chat_template
 
 USER = [{"role": "user", "content": "größe & <b>"}]
 
@@ -49,7 +49,7 @@ def write(folder: Path, source, **settings) -> Path:
     ],
 )
 def test_a_template_gets_what_transformers_gives_it(tmp_path, source, text):
-    assert template.load(write(tmp_path, source))(USER) == text
+    assert chat_template.load(write(tmp_path, source))(USER) == text
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_no_error_of_a_template_is_a_traceback(tmp_path, source, reason, own):
         file = tmp_path / "chat_template.jinja"
         file.write_text(source)
     with pytest.raises(ValueError) as error:
-        template.load(tmp_path)(USER)
+        chat_template.load(tmp_path)(USER)
     message = str(error.value)
     assert message.startswith(f"{file}: ") and "; expected a chat template" in message
     assert reason in message and "\n" not in message
@@ -87,7 +87,7 @@ def test_a_template_file_that_is_no_text_is_named(tmp_path):
     file = write(tmp_path, None) / "chat_template.jinja"
     file.write_bytes(b"\xff\xfe{{ bos_token }}")
     with pytest.raises(ValueError, match=rf"^{file}: no text in UTF-8"):
-        template.load(tmp_path)
+        chat_template.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_a_template_file_that_is_no_text_is_named(tmp_path):
     ids=["list", "table"],
 )
 def test_of_several_templates_the_default_is_used(tmp_path, named):
-    assert template.load(write(tmp_path, named))(USER) == "<s>"
+    assert chat_template.load(write(tmp_path, named))(USER) == "<s>"
 
 
 @pytest.mark.parametrize("named", [None, [], ["x"], [{"name": "rag"}], {"rag": "x"}, 7], ids=str)
 def test_a_file_without_a_template_for_a_conversation_is_refused(tmp_path, named):
     with pytest.raises(ValueError, match=r"tokenizer_config.json: no chat_template; expected"):
-        template.load(write(tmp_path, named))
+        chat_template.load(write(tmp_path, named))
 
 
 def test_special_tokens_are_read_from_their_older_home(tmp_path):
@@ -113,6 +113,6 @@ def test_special_tokens_are_read_from_their_older_home(tmp_path):
     folder = write(tmp_path, "{{ bos_token }}{{ eos_token }}")
     older = {"bos_token": {"content": "<old>", "lstrip": False}}
     (folder / "special_tokens_map.json").write_text(json.dumps(older))
-    assert template.load(folder)(USER) == "<old></s>"
+    assert chat_template.load(folder)(USER) == "<old></s>"
     write(tmp_path, "{{ bos_token }}{{ eos_token }}", added_tokens_decoder={})
-    assert template.load(folder)(USER) == "<s></s>"
+    assert chat_template.load(folder)(USER) == "<s></s>"

@@ -6,7 +6,7 @@ the encoder's states instead of the audio, and the teacher's instead of what it 
 
 Axes: B batch, S audio samples, T encoder positions, D width of Whisper, L text tokens, P and R
 length of the template's two parts, I prefixes, A answer tokens, K = A + 1, E width of the LLM.
-Reads: sharding.py, connector.py, data.py, answers.py.   Read next: train.py.
+Reads: sharding.py, connector.py, data.py, teacher_responses.py.   Read next: train.py.
 """
 
 import time
@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 import connector
 import data
-from runtime import answers, sharding
+from runtime import sharding
+from training import teacher_responses
 
 ROOM = 1 << 30  # bytes, for `--frozen-states auto`
 AT_ONCE = 16  # clips of a device
@@ -82,7 +83,7 @@ def _say(
     diva: connector.DiVA, batch: dict[str, Array], template: tuple[Any, Any, Any]
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K E"]]:
     prefix, suffix, pads = template
-    prefix, pads = answers.own_prefix(prefix, pads, batch)
+    prefix, pads = teacher_responses.own_prefix(prefix, pads, batch)
     before, prefix = connector.shared(diva.llm, prefix)
     fed = batch.get("answers", batch["ids"][:, :0])
     turn = batch["ids"], batch["lengths"], prefix, suffix, fed, pads

@@ -17,8 +17,8 @@ import data
 import llama
 import weights
 import whisper
-from runtime import answers, cost, record, watching
-from runtime.recipe import Config, recipe_of
+from training import cost, record, teacher_responses, validation
+from training.recipe import Config, recipe_of
 
 
 class Claim(NamedTuple):
@@ -46,11 +46,14 @@ def claim(config: Config) -> Claim:
     chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
     fitting = chat.encode_batch, asr.window_samples, queries
     corpus = data.prepare(clips, *fitting)
-    watched = watching.some(data.prepare(others, *fitting)) if others else None
-    turn, recipe = answers.turn(chat, config.instructions), dataclasses.asdict(recipe_of(config))
+    watched = validation.some(data.prepare(others, *fitting)) if others else None
+    turn, recipe = (
+        teacher_responses.turn(chat, config.instructions),
+        dataclasses.asdict(recipe_of(config)),
+    )
     turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
-    corpus.more |= answers.draw(turn, len(corpus.ids), config.seed)
-    turned = prefix, suffix, pads = answers.template(turn)
+    corpus.more |= teacher_responses.draw(turn, len(corpus.ids), config.seed)
+    turned = prefix, suffix, pads = teacher_responses.template(turn)
     own = 0 if pads is None else prefix.shape[-1]  # else all clips share it
     flops = functools.partial(cost.flops, before=prefix.shape[-1] - own)
     work = functools.partial(flops, asr, llm, queries, own + len(suffix))

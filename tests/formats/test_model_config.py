@@ -1,4 +1,4 @@
-"""runtime/settings.py: what a model's files ask for is honoured as transformers does, or refused.
+"""formats/model_config.py: what a model's files ask for is honoured or refused.
 
 Each test changes one key of a model that loads. No weights are read here: what a file asks for is
 known before.
@@ -20,7 +20,7 @@ import generate
 import llama
 import weights
 import whisper
-from runtime import settings
+from formats import model_config
 
 LLAMA31 = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
     "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
@@ -510,7 +510,7 @@ def test_without_a_generation_config_the_tokens_say_which_languages_there_are(ba
 
 def test_an_english_only_model_is_known_by_the_rows_of_its_table(bare, monkeypatch):
     """The published ones have 51,864, and a tokenizer that names all languages nevertheless."""
-    monkeypatch.setattr(settings, "ENGLISH_ONLY", universe.WHISPER.vocab_size)
+    monkeypatch.setattr(model_config, "ENGLISH_ONLY", universe.WHISPER.vocab_size)
     assert read_rules(bare, "en")["forced"] == (1, 11)
     refused(lambda: read_rules(bare, "de"), f"{bare / 'config.json'}: an English-only model")
 
