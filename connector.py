@@ -12,7 +12,7 @@ Axes: B batch, S audio samples, T encoder positions, Q query tokens, D width of 
 the LLM, P and R length of the chat template before and after the user's words, L text tokens,
 A tokens of an answer that are fed, K = A + 1 states that say it, V vocabulary.
 
-Annex: `sharding.gather` brings split arrays to the device that computes with them.
+Annex: `sharding.all_gather_params` brings split arrays to the device that computes with them.
 Source: Held et al. 2024, section 3.
 Reads: weights.py, whisper.py, llama.py.   Read next: distill_loss.py.
 """
@@ -37,7 +37,9 @@ import whisper
 from formats import audio_files, model_config
 from runtime import cli, files, sharding
 
-POSITIONS = whisper.SAMPLE_RATE // whisper.HOP // whisper.FRAMES_PER_POSITION  # a second
+POSITIONS_PER_SECOND = (
+    whisper.SAMPLE_RATE // whisper.HOP_LENGTH // whisper.FRAMES_PER_POSITION
+)  # a second
 
 
 class Projection(eqx.Module):
@@ -58,11 +60,13 @@ class Connector(eqx.Module):
     projection: Projection
 
     def __call__(
-        self, states: Float[Array, "B T D"], recompute: sharding.Recompute = "layers"
+        self, states: Float[Array, "B T D"], remat: sharding.Remat = "layers"
     ) -> Float[Array, "B Q E"]:
-        queries, projection = sharding.gather((self.query_tokens, self.projection), states.dtype)
+        queries, projection = sharding.all_gather_params(
+            (self.query_tokens, self.projection), states.dtype
+        )
         queries = jnp.broadcast_to(queries, (len(states), *queries.shape)).astype(states.dtype)
-        return sharding.by_clip(projection(self.decoder(queries, states, recompute)))
+        return sharding.shard_batch(projection(self.decoder(queries, states, remat)))
 
     @staticmethod
     def init(
@@ -119,7 +123,7 @@ class Connector(eqx.Module):
         return Connector(tree["query_tokens"], tree["connector"], tree["projection"])
 
 
-class Pass(NamedTuple):
+class DiVAOutput(NamedTuple):
     """What one pass makes of some clips: speech beside transcript, student beside teacher."""
 
     states: Float[Array, "B T D"]  # of the encoder
@@ -139,7 +143,11 @@ class DiVA(eqx.Module):
 
     @property
     def window_samples(self) -> int:
-        return len(self.encoder.embed_positions.weight) * whisper.FRAMES_PER_POSITION * whisper.HOP
+        return (
+            len(self.encoder.embed_positions.weight)
+            * whisper.FRAMES_PER_POSITION
+            * whisper.HOP_LENGTH
+        )
 
     def __call__(
         self,
@@ -151,8 +159,8 @@ class DiVA(eqx.Module):
         answers: Int[Array, "B A"] | None = None,
         pads: Int[Array, "B"] | None = None,
         taught: Float[Array, "B K E"] | None = None,
-        recompute: sharding.Recompute = "layers",
-    ) -> Pass:
+        remat: sharding.Remat = "layers",
+    ) -> DiVAOutput:
         """The whole method: the LLM once as student, on speech, and once as teacher, on its
         transcript `ids`, both between the same `prefix` and `suffix` of the chat template, and both
         with the teacher's answer behind it, but for its last token (None: it has but one). One
@@ -160,8 +168,8 @@ class DiVA(eqx.Module):
         the frozen networks said before is given: states as `audio`, the teacher's as `taught`."""
         answers = ids[:, :0] if answers is None else answers
         before, prefix = shared(self.llm, prefix)
-        states = self.listen(audio) if audio.ndim == 2 else audio
-        virtual = self.connector(states, recompute)
+        states = self.encode(audio) if audio.ndim == 2 else audio
+        virtual = self.connector(states, remat)
         targets, said = self.llm.embed(ids), self.llm.embed(answers)
         speech = jnp.concatenate([self.embed_turn(virtual, prefix, suffix), said], axis=1)
         text, first = text_turn(ids, lengths, prefix, suffix, answers, pads)
@@ -171,10 +179,10 @@ class DiVA(eqx.Module):
             speech, spoken = pads_last(speech, pads), spoken - pads
         # Side by side, so that each layer is gathered once for both.
         read = (self.llm.embed(text),) if taught is None else ()
-        student, *teacher = self.llm((speech, *read), recompute, before)
-        student = states_from(student, spoken, count)
-        taught = states_from(teacher[0], first, count) if taught is None else taught
-        return Pass(states, virtual, targets, student, jax.lax.stop_gradient(taught))
+        student, *teacher = self.llm((speech, *read), remat, before)
+        student = take_states(student, spoken, count)
+        taught = take_states(teacher[0], first, count) if taught is None else taught
+        return DiVAOutput(states, virtual, targets, student, jax.lax.stop_gradient(taught))
 
     @staticmethod
     def create(
@@ -200,7 +208,7 @@ class DiVA(eqx.Module):
         """A new connector between two published models; these, being frozen, in `dtype`. `window`:
         seconds that are heard, if less than the Whisper can."""
         asr = whisper.Whisper.load(asr_path, jnp.float32, place)
-        encoder = cut(asr.encoder, hearing(asr.config, window))
+        encoder = truncate_positions(asr.encoder, with_window(asr.config, window))
         encoder = jax.tree.map(lambda x: x.astype(dtype), encoder)
         asr = eqx.tree_at(lambda w: w.encoder, asr, encoder)
         return DiVA.create(asr, llama.Llama.load(llm_path, dtype, place), queries, key)
@@ -225,8 +233,10 @@ class DiVA(eqx.Module):
         """A trained DiVA: its connector, and the Whisper and the Llama that config.json names."""
         folder = weights.resolve(path)
         asr_path, llm_path = references(folder)
-        asr_config = heard_by(folder)
-        encoder = cut(whisper.Whisper.load(asr_path, dtype, place).encoder, asr_config)
+        asr_config = encoder_config(folder)
+        encoder = truncate_positions(
+            whisper.Whisper.load(asr_path, dtype, place).encoder, asr_config
+        )
         llm = llama.Llama.load(llm_path, dtype, place)
         template, prefix, unused = DiVA.published(folder, dtype)
         tree = weights.load(place(template), folder, prefix, unused)
@@ -266,15 +276,15 @@ class DiVA(eqx.Module):
         text = json.dumps(config, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
 
-    def listen(self, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
+    def encode(self, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
         """Encoder states of audio that is padded to the window; no gradient passes."""
         mel_of = functools.partial(whisper.log_mel, num_mel_bins=self.num_mel_bins)
-        mel = sharding.on_own_clips(mel_of, audio)
+        mel = sharding.shard_map_batch(mel_of, audio)
         mel = mel.astype(self.encoder.conv1.weight.dtype)
         return jax.lax.stop_gradient(self.encoder(mel))
 
     def virtual_tokens(self, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
-        return self.connector(self.listen(audio))
+        return self.connector(self.encode(audio))
 
     def embed_turn(
         self, virtual: Float[Array, "B Q E"], prefix: Int[Array, "*B P"], suffix: Int[Array, "R"]
@@ -325,7 +335,7 @@ def pads_last(rows: Shaped[Array, "B n *any"], pads: Int[Array, "B"]) -> Shaped[
     return jax.vmap(lambda row, by: jnp.roll(row, -by, axis=0))(rows, pads)
 
 
-def states_from(
+def take_states(
     hidden: Float[Array, "B n E"], first: Int[Array, "B"], count: int
 ) -> Float[Array, "B K E"]:
     """So many states of each row, from its position `first` on."""
@@ -333,21 +343,22 @@ def states_from(
     return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
 
-def hearing(asr: whisper.WhisperConfig, window: float | None) -> whisper.WhisperConfig:
+def with_window(asr: whisper.WhisperConfig, window: float | None) -> whisper.WhisperConfig:
     """The sizes of a Whisper whose encoder hears `window` seconds, or all that it can (None).
     Raises ValueError if that is more than it can."""
     if window is None:
         return asr
-    positions, most = round(window * POSITIONS), asr.max_source_positions
+    positions, most = round(window * POSITIONS_PER_SECOND), asr.max_source_positions
     if not 1 <= positions <= most:
         raise ValueError(
-            f"a window of {window:g} s: expected at most {most / POSITIONS:g} s, what this Whisper "
-            "hears, and more than nothing. Give another --window, or none."
+            f"a window of {window:g} s: expected more than 0 and at most "
+            f"{most / POSITIONS_PER_SECOND:g} s, the window of this Whisper. "
+            "Give another --window, or none."
         )
     return dataclasses.replace(asr, max_source_positions=positions)
 
 
-def cut(encoder: whisper.Encoder, sizes: whisper.WhisperConfig) -> whisper.Encoder:
+def truncate_positions(encoder: whisper.Encoder, sizes: whisper.WhisperConfig) -> whisper.Encoder:
     """The encoder with the first of its positions alone: they are sinusoids, and each means the
     same time in a window of any length."""
     keep = encoder.embed_positions.weight[: sizes.max_source_positions]
@@ -363,16 +374,16 @@ def trainable(diva: DiVA) -> DiVA:
     return eqx.tree_at(lambda m: m.connector, mask, connector)
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
-def listen(diva: DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
+def virtual_tokens_jit(diva: DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B Q E"]:
     """Virtual tokens, compiled."""
     return diva.virtual_tokens(audio)
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
-def heard(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]:
+def nearest_token_ids(llm: llama.Llama, virtual: Float[Array, "B Q E"]) -> Int[Array, "B Q"]:
     """What the LLM hears: the tokens nearest to the virtual tokens, compiled."""
     return llama.nearest_tokens(virtual, llm.model.embed_tokens.weight)
 
@@ -391,9 +402,11 @@ def main(
     """
     asr_path, llm_path = references(model)
     # first: what cannot be heard is refused before weights are read
-    sound = jnp.asarray(audio_files.load_window(clip, heard_by(model).window_samples))
+    sound = jnp.asarray(audio_files.load_window(clip, encoder_config(model).window_samples))
     dtype = sharding.compute_dtype(jax.default_backend())
-    place = functools.partial(sharding.place, mesh=sharding.local_mesh(templates(model, dtype)))
+    place = functools.partial(
+        sharding.shard_params, mesh=sharding.local_mesh(templates(model, dtype))
+    )
     trained = DiVA.load(model, dtype, place)
     queries = len(trained.connector.query_tokens)
     asr = whisper.Whisper.load(asr_path, dtype, place)
@@ -401,7 +414,7 @@ def main(
     untrained = eqx.tree_at(lambda diva: diva.connector, trained, fresh)
     tokenizer = llama.Chat.load(llm_path).tokenizer
     for name, diva in (("before training", untrained), ("after training", trained)):
-        ids = heard(diva.llm, listen(diva, sound))[0, -last:]
+        ids = nearest_token_ids(diva.llm, virtual_tokens_jit(diva, sound))[0, -last:]
         print(f"{name:16}" + " ".join(tokenizer.decode([i]) or "_" for i in ids.tolist()))
 
 
@@ -432,13 +445,13 @@ def templates(path: str | Path, dtype) -> tuple[Any, Any, Any]:
     return tuple(one.template for one in (*frozen, DiVA.published(folder, dtype)))
 
 
-def heard_by(path: str | Path) -> whisper.WhisperConfig:
+def encoder_config(path: str | Path) -> whisper.WhisperConfig:
     """The sizes of the Whisper that a DiVA refers to, with the window that it was trained on."""
     folder = weights.resolve(path)
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(references(folder)[0]))
     file = folder / "config.json"
     positions = model_config.count(file, "max_source_positions", files.read_json(file))
-    return hearing(asr, positions and positions / POSITIONS)
+    return with_window(asr, positions and positions / POSITIONS_PER_SECOND)
 
 
 def _refer(folder: Path, path: str) -> str:

@@ -87,7 +87,7 @@ def read_clips(
         elif files.of_macos(audio):
             bad.append((where, "of macOS (._*), no recording"))
         else:
-            audio = audio if folder is None else files.beside(folder, audio)
+            audio = audio if folder is None else files.resolve_audio_path(folder, audio)
             clips.append(Clip(audio, text.strip(), meta))
     files.warn_left_out(path, bad, clips)
     if not clips:
@@ -169,12 +169,12 @@ def seconds_of(clips: list[Clip]) -> list[float]:
     known |= {name: said for name in rows if (said := parquet.seconds_said(rest[name]))}
     rows = [name for name in rows if name not in known]
     tables = sorted({parquet.row_of(name)[0] for name in rows})
-    held = files.remembered("seconds-in-tables", tables, audio_files.seconds_in, failures)
+    held = files.cached_per_file("seconds-in-tables", tables, audio_files.seconds_in, failures)
     for name in rows:
         file, row = parquet.row_of(name)
         known[name] = held[file][row] if held[file] else 0.0
     rest = [name for name in rest if name not in known]
-    known |= files.remembered("seconds-held", rest, audio_files.seconds, failures)
+    known |= files.cached_per_file("seconds-held", rest, audio_files.seconds, failures)
     return [known[clip.audio] for clip in clips]
 
 

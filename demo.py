@@ -86,13 +86,13 @@ class Reply:
 # The assistant
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
 def _embed(llm: llama.Llama, ids: Int[Array, "1 L"]) -> Float[Array, "1 L E"]:
     return llm.embed(ids)
 
 
-_put = jax.jit(generate.put, donate_argnames="embeds")
+_put = jax.jit(generate.insert_virtual_tokens, donate_argnames="embeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Assistant:
         asr_path, llm_path = connector.references(model)
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
         mesh = sharding.local_mesh(connector.templates(model, dtype))
-        place = functools.partial(sharding.place, mesh=mesh)
+        place = functools.partial(sharding.shard_params, mesh=mesh)
         diva = connector.DiVA.load(model, dtype, place)
         read = generate.Transcriber.load
         asr = functools.partial(read, asr_path, dtype=dtype, place=place, encoder=diva.encoder)
@@ -136,7 +136,9 @@ class Assistant:
         """Virtual tokens of a recording, those of its parts one behind the other. Raises as
         `parts`."""
         rows = self.parts(clip, long, live)
-        return np.concatenate([np.asarray(connector.listen(self.diva, row)[0]) for row in rows])
+        return np.concatenate(
+            [np.asarray(connector.virtual_tokens_jit(self.diva, row)[0]) for row in rows]
+        )
 
     def write(
         self, clip: str | Path, long: bool = False, live: bool = False
@@ -151,7 +153,9 @@ class Assistant:
         the words."""
         if said.ndim == 1:
             return self.chat.decode(said)
-        ids = np.asarray(connector.heard(self.diva.llm, jnp.asarray(said)[None]))[0, -SHOWN:]
+        ids = np.asarray(connector.nearest_token_ids(self.diva.llm, jnp.asarray(said)[None]))[
+            0, -SHOWN:
+        ]
         return " ".join(self.chat.decode(ids).split())
 
     def prompt(
@@ -327,7 +331,7 @@ def main(
         return open_page(model, sampling, long, host, port)
     clips, instruction = clips_and_instruction(words, instruction, one=bool(embeddings))
     for clip in clips:  # what cannot be heard is refused before weights are read
-        audio_files.windows(clip, connector.heard_by(model).window_samples, long, most=PIECES)
+        audio_files.windows(clip, connector.encoder_config(model).window_samples, long, most=PIECES)
     assistant = Assistant.load(model)
     if embeddings:
         return write_prompt(embeddings, assistant, clips[0], instruction, long)
@@ -365,7 +369,7 @@ def write_prompt(
     prompt = np.asarray(embeds[0, :length], np.float32)
     start = len(assistant.chat.around(instruction, [])[0])
     arrays = {"prompt_embeds": prompt, "virtual_tokens": prompt[start : start + len(virtual)]}
-    with files.whole(file) as partial:
+    with files.atomic_write(file) as partial:
         save_file(arrays, partial, {"start": str(start)})
     print(f"{file}: {length} positions, of which {len(virtual)} are speech, from {start} on")
 

@@ -59,7 +59,7 @@ CHUNK = 2048  # rows of the output matrix that the exact KL holds at a time
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def as_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """At least f32: sums, norms and differences of close states need it. (f64 stays f64.)"""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -71,9 +71,9 @@ def safe_sqrt(square: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
-def length(x: Float[Array, "*B E"]) -> Float[Array, "*B"]:
+def l2_norm(x: Float[Array, "*B E"]) -> Float[Array, "*B"]:
     """Euclidean norm over the last axis, with gradient 0 (not NaN) at 0."""
-    return safe_sqrt(jnp.square(wide(x)).sum(-1))
+    return safe_sqrt(jnp.square(as_float32(x)).sum(-1))
 
 
 def weighted_mean(values: Float[Array, "*B"], weights: Float[Array, "*B"]) -> Float[Array, ""]:
@@ -93,7 +93,7 @@ def token_alignment(
     causal, so the last ones have seen all the others, and the first Q - N stay free.
     """
     aligned, real = last_tokens(virtual, lengths, targets.shape[1])
-    distance = length(wide(aligned) - jax.lax.stop_gradient(targets))
+    distance = l2_norm(as_float32(aligned) - jax.lax.stop_gradient(targets))
     return weighted_mean(distance, real * weights[:, None])
 
 
@@ -110,13 +110,13 @@ def response_l2(
     student: Float[Array, "B E"], teacher: Float[Array, "B E"], weights: Float[Array, "B"]
 ) -> Float[Array, ""]:
     """The paper's proxy: mean of |h_s - h_t|, not squared."""
-    d = wide(student) - jax.lax.stop_gradient(teacher)
-    return weighted_mean(length(d), weights)
+    d = as_float32(student) - jax.lax.stop_gradient(teacher)
+    return weighted_mean(l2_norm(d), weights)
 
 
 def gram_matrix(output_matrix: Float[Array, "V E"]) -> Float[Array, "E E"]:
     """G = O_c^T O_c in f32, O_c being O minus its mean row: computed once, before training."""
-    centred = wide(output_matrix) - wide(output_matrix).mean(0)
+    centred = as_float32(output_matrix) - as_float32(output_matrix).mean(0)
     return matmul(centred.T, centred)
 
 
@@ -132,7 +132,7 @@ def response_gram(
     pull does not fade as the state comes near. By point 4 the KL of a clip is at most (this / 2)^2.
     Rounding of G counts where d is almost in its null space: d^T G d below 0 is taken as 0.
     """
-    d = wide(student) - jax.lax.stop_gradient(teacher)
+    d = as_float32(student) - jax.lax.stop_gradient(teacher)
     return weighted_mean(safe_sqrt((matmul(d, gram) * d).sum(-1)), weights)
 
 
@@ -146,7 +146,9 @@ def response_kl(
     return weighted_mean(kl_divergence(student, teacher, output_matrix), weights)
 
 
-def by_state(weights: Float[Array, "B"], counts: Int[Array, "B"], most: int) -> Float[Array, "B K"]:
+def response_weights(
+    weights: Float[Array, "B"], counts: Int[Array, "B"], most: int
+) -> Float[Array, "B K"]:
     """The weight of each of `most` states of an answer: a clip's, shared equally by those that it
     has, which come first. So a mean over states is one over clips, however long they answer."""
     real = jnp.arange(most) < counts[:, None]
@@ -198,14 +200,14 @@ def fold_chunks(
     """
     rows = output_matrix.shape[0]
     size = min(CHUNK, rows)
-    teacher = wide(teacher)
-    d = wide(student) - teacher
+    teacher = as_float32(teacher)
+    d = as_float32(student) - teacher
 
     def step(carry, i):
         first = jnp.minimum(i * size, rows - size)
         chunk = jax.lax.dynamic_slice_in_dim(output_matrix, first, size)
         # the barrier keeps XLA from turning the whole matrix to f32 once, before the loop
-        chunk = wide(jax.lax.optimization_barrier(chunk))
+        chunk = as_float32(jax.lax.optimization_barrier(chunk))
         new = first + jnp.arange(size) >= i * size
         z_t = jnp.where(new, matmul(teacher, chunk.T), -jnp.inf)
         return fold(carry, chunk, z_t, matmul(d, chunk.T)), None
@@ -273,7 +275,9 @@ def _kl_backward(saved, upstream):
         difference = jnp.where(ratio < 1, near, jnp.exp(log_p + ratio) - jnp.exp(log_p))
         return gradient + matmul(difference, rows)
 
-    gradient = fold_chunks(output_matrix, student, teacher, fold, jnp.zeros_like(wide(student)))
+    gradient = fold_chunks(
+        output_matrix, student, teacher, fold, jnp.zeros_like(as_float32(student))
+    )
     to_student = (gradient * upstream[:, None]).astype(student.dtype)
     return to_student, None, None  # teacher and output matrix are constants
 

@@ -36,9 +36,9 @@ from whisper import Encoder, Whisper, WhisperConfig, log_mel
 # The transcript of a Whisper, greedily
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @functools.partial(jax.jit, static_argnames=("forced", "suppress", "begin_suppress", "max_length"))
-def greedy(
+def greedy_decode(
     model: Whisper,
     audio: Float[Array, "B S"],
     *,
@@ -58,7 +58,7 @@ def greedy(
     banned_first = np.where(np.isin(vocabulary, begin_suppress), -np.inf, banned)
     banned, banned_first = jnp.asarray(banned, jnp.float32), jnp.asarray(banned_first, jnp.float32)
     mel_of = functools.partial(log_mel, num_mel_bins=model.config.num_mel_bins)
-    mel = sharding.on_own_clips(mel_of, audio)
+    mel = sharding.shard_map_batch(mel_of, audio)
     states = model.encoder(mel.astype(model.encoder.conv1.weight.dtype))
 
     def body(state):
@@ -197,7 +197,7 @@ class Transcriber:
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""
-        tokens = greedy(self.model, audio, **self.rules)
+        tokens = greedy_decode(self.model, audio, **self.rules)
         rows = np.asarray(tokens)[:, len(self.rules["forced"]) :].tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
@@ -208,7 +208,7 @@ def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[s
     folder = weights.resolve(model)
     window = weights.read_config(WhisperConfig, folder).window_samples
     parts = audio_files.windows(clip, window, long)
-    asr = Transcriber.load(folder, language, place=sharding.place_local)
+    asr = Transcriber.load(folder, language, place=sharding.shard_params_locally)
     for part in parts:
         yield asr(jnp.asarray(part)[None])[0]
 
@@ -217,7 +217,7 @@ def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[s
 # The answer of an LLM
 
 
-def choose(
+def sample(
     logits: Float[Array, "B V"], temperature: float, top_p: float, key: PRNGKeyArray
 ) -> Int[Array, "B"]:
     """The next token: the likeliest at temperature 0, else drawn from the nucleus.
@@ -235,7 +235,7 @@ def choose(
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids", "temperature", "top_p"))
 def generate(
     llm: Llama,
@@ -259,7 +259,7 @@ def generate(
     stops = jnp.asarray(stop_ids)
 
     def pick(hidden, step):
-        return choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+        return sample(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
 
     def body(state):
         step, tokens, ids, stopped, cache = state
@@ -292,42 +292,44 @@ def stream(
     key = jax.random.key(0) if key is None else key
     hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
     for step in range(max_new_tokens):
-        ids, hidden, cache = _next(llm, hidden, cache, lengths, step, key, temperature, top_p)
+        ids, hidden, cache = decode_one_token(
+            llm, hidden, cache, lengths, step, key, temperature, top_p
+        )
         token = int(ids[0])
         if token in stop_ids:
             return
         yield token
 
 
-_prefill = sharding.on_mesh(jax.jit(Llama.prefill, static_argnames="room"))
+_prefill = sharding.use_model_mesh(jax.jit(Llama.prefill, static_argnames="room"))
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @functools.partial(
     jax.jit, static_argnames=("temperature", "top_p"), donate_argnames=("hidden", "cache")
 )
-def _next(llm, hidden, cache, lengths, step, key, temperature, top_p):
+def decode_one_token(llm, hidden, cache, lengths, step, key, temperature, top_p):
     """Choose a token and go one step on: a single call, so that the device need not wait."""
-    ids = choose(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+    ids = sample(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
     return ids, *llm.step(ids, lengths + step, cache)
 
 
-def padded(length: int) -> int:
+def pad_to_bucket(length: int) -> int:
     """How many positions a prompt is given: a power of two, so that few lengths are compiled."""
     return max(64, 1 << (length - 1).bit_length())
 
 
 def padded_row(ids: Sequence[int]) -> Int[np.ndarray, "1 L"]:
     """The ids of a prompt with its padding behind."""
-    return np.pad(np.array([ids], np.int32), ((0, 0), (0, padded(len(ids)) - len(ids))))
+    return np.pad(np.array([ids], np.int32), ((0, 0), (0, pad_to_bucket(len(ids)) - len(ids))))
 
 
-def put(
+def insert_virtual_tokens(
     embeds: Float[Array, "B L E"], virtual: Float[Array, "B Q E"], starts: Int[Array, "B"]
 ) -> Float[Array, "B L E"]:
     """Prompts with the virtual tokens written over the holes that begin at `starts`."""
     write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
-    return sharding.on_own_clips(write, embeds, virtual.astype(embeds.dtype), starts)
+    return sharding.shard_map_batch(write, embeds, virtual.astype(embeds.dtype), starts)
 
 
 def text_pieces(chat: Chat, tokens: Iterator[int]) -> Iterator[str]:
@@ -387,7 +389,7 @@ def main(
         max_new_tokens: the answer stops here at the latest.
     """
     chat, dtype = Chat.load(model), sharding.compute_dtype(jax.default_backend())
-    llm = Llama.load(model, dtype, sharding.place_local)
+    llm = Llama.load(model, dtype, sharding.shard_params_locally)
     ids = prompt_ids(llm, chat, question, system, max_new_tokens)
     embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
     hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
@@ -396,7 +398,9 @@ def main(
         began = time.perf_counter()
         p = jax.nn.softmax(llm.logits(hidden))[0]
         second, first = (int(i) for i in jnp.argsort(p)[-2:])
-        _, hidden, cache = _next(llm, hidden, cache, lengths, step, jax.random.key(0), 0.0, 1.0)
+        _, hidden, cache = decode_one_token(
+            llm, hidden, cache, lengths, step, jax.random.key(0), 0.0, 1.0
+        )
         jax.block_until_ready(hidden)
         took = 1e3 * (time.perf_counter() - began)
         name, other = (chat.tokenizer.id_to_token(i) for i in (first, second))

@@ -139,15 +139,17 @@ class Attention(eqx.Module):
             heard = attention.attend(queries, keys, values, causal=True, before=before)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
         n, positions, cached = cache
-        queries, *new = sharding.to_clips((queries, keys, values))
+        queries, *new = sharding.gather_to_batch((queries, keys, values))
 
         def write(all_layers, one, at):  # in place, at each row's own position
             return all_layers.at[jnp.arange(len(one)), n, :, at].set(one[:, 0])
 
         pairs = zip(cached, new, strict=True)
-        cached = tuple(sharding.on_own_clips(write, *pair, positions) for pair in pairs)
+        cached = tuple(sharding.shard_map_batch(write, *pair, positions) for pair in pairs)
         heard = attention.attend_one(queries[:, 0], *(x[:, n] for x in cached), seen)
-        return self.o_proj(sharding.to_weights(heard.reshape(*x.shape[:2], -1))), cached
+        return self.o_proj(
+            sharding.broadcast_to_param_shards(heard.reshape(*x.shape[:2], -1))
+        ), cached
 
 
 class MLP(eqx.Module):
@@ -207,7 +209,7 @@ class Llama(eqx.Module):
     def __call__(
         self,
         embeds: PyTree[Float[Array, "B ?L E"], "T"],
-        recompute: sharding.Recompute = "layers",
+        remat: sharding.Remat = "layers",
         before: Float[Array, "1 P E"] | None = None,
     ) -> PyTree[Float[Array, "B ?L E"], "T"]:
         """Hidden states after the last norm. Right-padded: what stands after a row's own length
@@ -226,7 +228,7 @@ class Llama(eqx.Module):
             before, known = layer(module, before) if past else (before, None)
             return before, jax.tree.map(lambda x: layer(module, x, past, known)[0], xs)
 
-        given = self.model.layers, (before, embeds), layer_for_all, recompute
+        given = self.model.layers, (before, embeds), layer_for_all, remat
         return jax.tree.map(self.model.norm, sharding.run_layers(*given)[1])
 
     def prefill(
@@ -236,14 +238,14 @@ class Llama(eqx.Module):
         angles = self.angles(jnp.arange(embeds.shape[1])[None])
 
         def layer(x, module):
-            return sharding.by_clip(sharding.gather(module, x.dtype)(x, angles))
+            return sharding.shard_batch(sharding.all_gather_params(module, x.dtype)(x, angles))
 
-        x, cache = jax.lax.scan(layer, sharding.by_clip(embeds), self.model.layers)
+        x, cache = jax.lax.scan(layer, sharding.shard_batch(embeds), self.model.layers)
         cache = jax.tree.map(
             lambda kv: jnp.pad(kv.transpose(1, 0, 3, 2, 4), [(0, 0)] * 3 + [(0, room), (0, 0)]),
             cache,
         )
-        last = sharding.on_own_clips(lambda x, n: x[jnp.arange(len(x)), n - 1], x, lengths)
+        last = sharding.shard_map_batch(lambda x, n: x[jnp.arange(len(x)), n - 1], x, lengths)
         return self.model.norm(last), cache
 
     def step(
@@ -256,9 +258,9 @@ class Llama(eqx.Module):
         def layer(state, numbered):
             (x, cache), (n, module) = state, numbered
             x, cache = module(x, angles, (n, positions, cache), seen)
-            return (sharding.to_weights(x), cache), None
+            return (sharding.broadcast_to_param_shards(x), cache), None
 
-        start = sharding.to_weights(self.embed(ids[:, None])), cache
+        start = sharding.broadcast_to_param_shards(self.embed(ids[:, None])), cache
         numbered = jnp.arange(self.config.num_hidden_layers), self.model.layers
         x, cache = jax.lax.scan(layer, start, numbered)[0]
         return self.model.norm(x[:, 0]), cache
@@ -327,7 +329,7 @@ def nearest_tokens(virtual: Float[Array, "B Q E"], table: Float[Array, "V E"]) -
     def look(best, start):
         """Further rows of the table: the distances to all at once could be tens of GB."""
         some = jax.lax.dynamic_slice_in_dim(table, start, most)
-        some = sharding.gather_rows(some).astype(jnp.float32)
+        some = sharding.all_gather_rows(some).astype(jnp.float32)
         # |v - e|^2 = |v|^2 - 2 v.e + |e|^2, and |v|^2 is the same for every token
         far = jnp.square(some).sum(-1) - 2 * virtual.astype(jnp.float32) @ some.T
         found = far.min(-1), start + far.argmin(-1)
@@ -436,7 +438,7 @@ def main(
     import generate  # what writes word after word is the next chapter
 
     chat, dtype = Chat.load(model), sharding.compute_dtype(jax.default_backend())
-    llm = Llama.load(model, dtype, sharding.place_local)
+    llm = Llama.load(model, dtype, sharding.shard_params_locally)
     for piece in generate.answer(llm, chat, question, system, max_new_tokens):
         print(piece, end="", flush=True)
     print()

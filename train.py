@@ -74,16 +74,16 @@ PARTS = (
 
 
 def forward(
-    params: Any, frozen: Frozen, batch: dict[str, Array], recompute: sharding.Recompute = "layers"
-) -> tuple[connector.Pass, Float[Array, "B K"]]:
+    params: Any, frozen: Frozen, batch: dict[str, Array], remat: sharding.Remat = "layers"
+) -> tuple[connector.DiVAOutput, Float[Array, "B K"]]:
     """What the student makes of a batch, and the teacher; and what each state of an answer counts:
     where the response begins alone, or all that say the batch's answers, if it has any."""
     prefix, pads = teacher_responses.own_prefix(frozen.prefix, frozen.pads, batch)
     given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
     known = batch.get("answers"), pads, batch.get("taught")
-    out = eqx.combine(params, frozen.diva)(*given, *known, recompute)
+    out = eqx.combine(params, frozen.diva)(*given, *known, remat)
     counts = batch.get("states", jnp.ones_like(batch["lengths"]))
-    return out, distill_loss.by_state(batch["weights"], counts, out.student.shape[1])
+    return out, distill_loss.response_weights(batch["weights"], counts, out.student.shape[1])
 
 
 def loss_fn(
@@ -91,14 +91,14 @@ def loss_fn(
     frozen: Frozen,
     batch: dict[str, Array],
     recipe: Recipe,
-    recompute: sharding.Recompute = "layers",
+    remat: sharding.Remat = "layers",
     share: tuple[Any, Any] = (1.0, 1.0),
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "parts"]]]:
     """The two losses of the paper, weighted; with their parts, and what of PARTS is finite.
 
     `share`: of a larger batch's positions and clips, if `batch` is a part of one.
     """
-    out, by_state = forward(params, frozen, batch, recompute)
+    out, by_state = forward(params, frozen, batch, remat)
     lengths, weight = batch["lengths"], batch["weights"]
     alignment = distill_loss.token_alignment(out.virtual, out.targets, lengths, weight)
     table = frozen.diva.llm.output_matrix
@@ -117,7 +117,7 @@ def gradients(
     frozen: Frozen,
     batch: dict[str, Array],
     recipe: Recipe,
-    recompute: sharding.Recompute,
+    remat: sharding.Remat,
     micro_batch: int | None,
 ) -> tuple[Any, tuple[dict[str, Array], Bool[Array, "parts"]]]:
     """Gradient of `loss_fn`, and its aux; `micro_batch` clips of each device at a time, if given.
@@ -127,7 +127,7 @@ def gradients(
     """
     gradient = functools.partial(jax.grad(loss_fn, has_aux=True), params, frozen)
     if micro_batch is None:
-        return gradient(batch, recipe, recompute)
+        return gradient(batch, recipe, remat)
 
     def counts(batch: dict[str, Array]) -> tuple[Array, Array]:
         return (batch["lengths"] * batch["weights"]).sum(), batch["weights"].sum()
@@ -136,7 +136,7 @@ def gradients(
 
     def add(total: Any, part: dict[str, Array]) -> tuple[Any, None]:
         shares = [n / jnp.maximum(of, 1) for n, of in zip(counts(part), whole, strict=True)]
-        grads, (metrics, finite) = gradient(part, recipe, recompute, tuple(shares))
+        grads, (metrics, finite) = gradient(part, recipe, remat, tuple(shares))
         sums = jax.tree.map(jnp.add, total[:2], (grads, metrics))
         return (*sums, total[2] & finite), None
 
@@ -164,7 +164,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("recipe", "mesh", "recompute", "micro_batch"),
+    static_argnames=("recipe", "mesh", "remat", "micro_batch"),
     donate_argnames=("params", "opt_state"),
 )  # frozen is used again in every step: never donated
 def train_step(
@@ -176,15 +176,15 @@ def train_step(
     *,
     recipe: Recipe,
     mesh: Mesh,
-    recompute: sharding.Recompute = "attention",
+    remat: sharding.Remat = "attention",
     micro_batch: int | None = None,
 ):
     """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what sharding.constrain looks up
-        grads, (metrics, finite) = gradients(params, frozen, batch, recipe, recompute, micro_batch)
+        grads, (metrics, finite) = gradients(params, frozen, batch, recipe, remat, micro_batch)
 
     def split(tree: Any) -> Any:
-        where = sharding.shardings(tree, mesh, sharding.TRAINED)
+        where = sharding.param_shardings(tree, mesh, sharding.TRAINED)
         return jax.lax.with_sharding_constraint(tree, where)
 
     grads = split(grads)
@@ -225,17 +225,17 @@ def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tup
     shapes. `turn`: prefix, suffix and pads of the template."""
 
     def make(function: Any, x: Any, over: tuple[str, ...]) -> Any:
-        found = sharding.place(jax.eval_shape(function, x), mesh, over)
+        found = sharding.shard_params(jax.eval_shape(function, x), mesh, over)
         if isinstance(jax.tree.leaves(x)[0], jax.ShapeDtypeStruct):
             return found
         return jax.jit(function, out_shardings=jax.tree.map(lambda s: s.sharding, found))(x)
 
     params, frozen = eqx.partition(diva, connector.trainable(diva))
-    params = sharding.place(params, mesh, sharding.TRAINED)
+    params = sharding.shard_params(params, mesh, sharding.TRAINED)
     opt_state, gram = make(make_optimizer(recipe_of(config)).init, params, sharding.TRAINED), None
     if config.response_loss == "gram":
         gram = make(distill_loss.gram_matrix, frozen.llm.output_matrix, sharding.FROZEN)
-    return params, opt_state, sharding.place(Frozen(frozen, *turn, gram), mesh)
+    return params, opt_state, sharding.shard_params(Frozen(frozen, *turn, gram), mesh)
 
 
 def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple:
@@ -243,7 +243,9 @@ def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple
 
     def where(template: Any) -> Any:  # of a Whisper most is trained
         frozen = isinstance(template, llama.Llama)
-        return sharding.place(template, mesh, sharding.FROZEN if frozen else sharding.TRAINED)
+        return sharding.shard_params(
+            template, mesh, sharding.FROZEN if frozen else sharding.TRAINED
+        )
 
     key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
     models = (config.whisper, config.llm, config.queries)
@@ -270,23 +272,24 @@ def abstract_inputs(
     if most > 1:
         more |= {"answers": ((most - 1,), np.int32), "states": ((), np.int32)}
     batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
-    return state_of(config, diva, turn, mesh), sharding.to_devices(batch, mesh)
+    return state_of(config, diva, turn, mesh), sharding.shard_host_batch(batch, mesh)
 
 
 def compile_step(
     config: Config, grids: list[Mesh], room: float, inputs: Callable[[Mesh], tuple[tuple, dict]]
-) -> tuple[Any, sharding.Recompute, Mesh]:
+) -> tuple[Any, sharding.Remat, Mesh]:
     """The step, compiled for `inputs`, the state and the batch on one of the `grids`, arrays or
-    shapes; what it recomputes; and the grid: as `compilation.fit` chooses. Raises ValueError."""
+    shapes; what it recomputes; and the mesh, chosen by
+    `compilation.compile_first_that_fits`. Raises ValueError."""
     inputs = functools.cache(inputs)
 
-    def lower(recompute: sharding.Recompute, mesh: Mesh) -> Any:
+    def lower(remat: sharding.Remat, mesh: Mesh) -> Any:
         state, batch = inputs(mesh)
-        static = {"recipe": recipe_of(config), "mesh": mesh, "recompute": recompute}
-        size = compilation.at_once(config, mesh)
+        static = {"recipe": recipe_of(config), "mesh": mesh, "remat": remat}
+        size = compilation.micro_batch_size(config, mesh)
         return train_step.lower(*state, batch, np.int32(0), **static, micro_batch=size)
 
-    return compilation.fit(lower, config, grids, room, inputs)
+    return compilation.compile_first_that_fits(lower, config, grids, room, inputs)
 
 
 def compile_for(config: Config) -> compilation.SliceProgram:
@@ -297,11 +300,11 @@ def compile_for(config: Config) -> compilation.SliceProgram:
 def choose(config: Config, grids: list[Mesh], shapes: Callable) -> tuple[Mesh, Config]:
     """The grid that the step fits on, and what it recomputes there, before there are weights. Every
     process compiles the same shapes for the same room, and so chooses the same."""
-    room = sharding.from_first(sharding.room_here)
+    room = sharding.from_process_0(sharding.device_memory_bytes)
     if len(grids) == 1 or room == math.inf:
         return grids[0], config
-    _, recompute, mesh = compile_step(config, grids, room, shapes)
-    return mesh, dataclasses.replace(config, recompute=recompute)
+    _, remat, mesh = compile_step(config, grids, room, shapes)
+    return mesh, dataclasses.replace(config, remat=remat)
 
 
 def start(
@@ -329,13 +332,13 @@ def start(
         parts = {name: flops for name, flops in parts.items() if name not in precompute.PARTS}
     more, work = {k: (x.shape[1:], x.dtype) for k, x in corpus.more.items()}, sum(parts.values())
     batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
-    batch = sharding.to_devices(batch, mesh)
+    batch = sharding.shard_host_batch(batch, mesh)
     began = time.perf_counter()
-    room, inputs = sharding.room_here(), (state, batch)
-    compiled, recompute, _ = compile_step(config, [mesh], room, lambda _: inputs)
+    room, inputs = sharding.device_memory_bytes(), (state, batch)
+    compiled, remat, _ = compile_step(config, [mesh], room, lambda _: inputs)
     seconds = time.perf_counter() - began
     if jax.process_index() == 0:
-        took = compilation.summary(compiled, recompute, work * config.batch_size, mesh)
+        took = compilation.summary(compiled, remat, work * config.batch_size, mesh)
         print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
     return corpus, state, compiled, watched, work, mesh
 
@@ -359,7 +362,7 @@ def train(config: Config, grids: list[Mesh]) -> tuple[int, str]:
     with record.Stop() as stop, record.closing(log, manager):
         while step < min(config.steps, config.until or config.steps) and not stop.before(step):
             began = time.perf_counter()
-            batch = sharding.to_devices(next(batches), mesh)
+            batch = sharding.shard_host_batch(next(batches), mesh)
             waited = time.perf_counter() - began
             params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(step))
             if watched and (not step or (step + 1) % config.watch_every == 0):
@@ -383,7 +386,7 @@ def train(config: Config, grids: list[Mesh]) -> tuple[int, str]:
 
 def export(config: Config, diva: connector.DiVA) -> None:
     """Write the finished student in the published layout, from process 0."""
-    diva = eqx.tree_at(lambda d: d.connector, diva, sharding.on_host(diva.connector))
+    diva = eqx.tree_at(lambda d: d.connector, diva, sharding.gather_to_host(diva.connector))
     if jax.process_index() == 0:
         save = functools.partial(diva.save, asr_path=config.whisper, llm_path=config.llm)
         record.export(epath.Path(config.out), save, ("config.json", "model.safetensors"))
@@ -397,11 +400,11 @@ def run(config: Config) -> None:
     if files.in_bucket(out):
         record.look_into(out)
     config = with_dtype(config, jax.default_backend())
-    grids = sharding.grids(config.batch_size, config.fsdp)
+    grids = sharding.candidate_meshes(config.batch_size, config.fsdp)
     if config.tasks:  # told now, not after a night of training
-        sharding.from_first(lambda: len(read_tasks([config.tasks])))
+        sharding.from_process_0(lambda: len(read_tasks([config.tasks])))
     recipe = dataclasses.asdict(recipe_of(config))
-    finished = sharding.from_first(lambda: record.is_finished(out, recipe))
+    finished = sharding.from_process_0(lambda: record.is_finished(out, recipe))
     speaks = jax.process_index() == 0
     if finished and speaks:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
@@ -422,7 +425,7 @@ def show(config: Config, out: epath.Path, speaks: bool) -> None:
     if speaks:
         curve = record.plot(out)
         print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    known = sharding.from_first((out / "eval.json").exists)
+    known = sharding.from_process_0((out / "eval.json").exists)
     if known and speaks:
         print(evaluation.report.table(files.read_json(out / "eval.json")))
     elif config.tasks and not known:

@@ -82,7 +82,7 @@ class Embedding(eqx.Module):
 def logits(hidden: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
     """hidden table^T, in f32. Contracted as they lie: for one row, turning a matrix around costs
     JAX 0.12 three times as much on a CPU as the product."""
-    table, hidden = table.astype(hidden.dtype), sharding.to_weights(hidden)
+    table, hidden = table.astype(hidden.dtype), sharding.broadcast_to_param_shards(hidden)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
@@ -336,7 +336,7 @@ def save(tree: Any, folder: str | Path, prefix: str = "") -> Path:
             n: np.asarray(array[i] if stacked else array, order="C") for i, n in enumerate(names)
         }
     target = Path(folder) / WHOLE
-    with files.whole(target) as partial:
+    with files.atomic_write(target) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors makes files that their owner alone may read
     return target
@@ -392,7 +392,7 @@ def describe(published: Published, folder: Path, devices: int) -> list[str]:
             stored[name] = (tuple(found.get_shape()), found.get_dtype())
     mesh = jax.sharding.AbstractMesh((1, 1, devices), sharding.AXES)
     template = published.template
-    places = jax.tree.leaves(sharding.shardings(template, mesh))
+    places = jax.tree.leaves(sharding.param_shardings(template, mesh))
     kinds = f"{'array of the tree':44} {'tensors in the file':24} {'dtype':5}"
     lines = [f"{kinds} {'parameters':>13}  each of {devices} devices holds"]
     total, needed = 0, set()

@@ -34,8 +34,8 @@ from runtime import attention, cli, sharding
 from weights import Embedding, Linear
 
 SAMPLE_RATE = 16_000
-FFT_SIZE = 400  # samples of one analysis window: 25 ms
-HOP = 160  # samples from one mel frame to the next: 10 ms
+N_FFT = 400  # samples of one analysis window: 25 ms
+HOP_LENGTH = 160  # samples from one mel frame to the next: 10 ms
 FRAMES_PER_POSITION = 2  # the second convolution has stride 2
 
 
@@ -65,7 +65,7 @@ class WhisperConfig:
     @property
     def window_samples(self) -> int:
         """Samples that the encoder takes: 480,000 (30 s) in the published models."""
-        return self.max_source_positions * FRAMES_PER_POSITION * HOP
+        return self.max_source_positions * FRAMES_PER_POSITION * HOP_LENGTH
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def mel_filters(num_mel_bins: int) -> np.ndarray:
     top = 15 + math.log(SAMPLE_RATE / 2 / 1000) / step
     mels = np.linspace(0, top, num_mel_bins + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (mels - 15)))
-    frequencies = np.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)[:, None]
+    frequencies = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)[:, None]
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
     triangles = np.maximum(0, np.minimum(rising, falling))
@@ -92,15 +92,17 @@ def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F 
     As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of
     range below each clip's loudest bin, then (x + 4) / 4.
     """
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(FFT_SIZE) / FFT_SIZE)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
 
     def one(clip: Float[Array, "S"]) -> Float[Array, "F M"]:
-        padded = jnp.pad(clip.astype(jnp.float32), FFT_SIZE // 2, mode="reflect")
+        padded = jnp.pad(clip.astype(jnp.float32), N_FFT // 2, mode="reflect")
         # A window is two and a half hops long: three shifted views, not a gather, at which TPUs
         # crawl.
-        count = len(clip) // HOP
-        hops = padded[: (count + 2) * HOP].reshape(count + 2, HOP)
-        frames = jnp.concatenate([hops[:-2], hops[1:-1], hops[2:, : FFT_SIZE - 2 * HOP]], axis=-1)
+        count = len(clip) // HOP_LENGTH
+        hops = padded[: (count + 2) * HOP_LENGTH].reshape(count + 2, HOP_LENGTH)
+        frames = jnp.concatenate(
+            [hops[:-2], hops[1:-1], hops[2:, : N_FFT - 2 * HOP_LENGTH]], axis=-1
+        )
         spectrum = jnp.fft.rfft(frames * hann.astype(np.float32))
         power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
         # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
@@ -176,9 +178,9 @@ class Attention(eqx.Module):
     def attend_one(self, x, keys, values, seen=None):
         """The same for one position, x [B, 1, D], over a cache [B, H, T, K] that is kept head by
         head, or over what of it is `seen` [1, T]."""
-        queries = sharding.to_clips(self.split(self.q_proj(x))[:, 0])
+        queries = sharding.gather_to_batch(self.split(self.q_proj(x))[:, 0])
         heard = attention.attend_one(queries, keys, values, seen).reshape(x.shape)
-        return self.out_proj(sharding.to_weights(heard))
+        return self.out_proj(sharding.broadcast_to_param_shards(heard))
 
     def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
         return self.attend(x, *self.keys_values(x), causal=causal)
@@ -220,7 +222,7 @@ class DecoderLayer(eqx.Module):
         """One token [B, 1, D] at `position` of layer n, with all layers' keys and values of what
         was `said`, where those of the token are written in place, and its own `cross`."""
         normal = self.self_attn_layer_norm(x)
-        new = sharding.to_clips(heads_first(self.self_attn.keys_values(normal)))
+        new = sharding.gather_to_batch(heads_first(self.self_attn.keys_values(normal)))
         said = tuple(
             jax.lax.dynamic_update_slice(old, one[None], (n, 0, 0, position, 0))
             for old, one in zip(said, new, strict=True)
@@ -228,7 +230,7 @@ class DecoderLayer(eqx.Module):
         seen = jnp.arange(said[0].shape[3])[None] <= position
         x = x + self.self_attn.attend_one(normal, *(kv[n] for kv in said), seen)
         x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cross)
-        return sharding.to_weights(self.think(x)), said
+        return sharding.broadcast_to_param_shards(self.think(x)), said
 
     def think(self, x):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
@@ -262,7 +264,9 @@ class Encoder(eqx.Module):
                 f"the encoder got {mel.shape[1]} mel frames; expected {expected} "
                 f"({expected / 100:g} s). Pad or cut the audio to the model's window first."
             )
-        conv1, conv2, positions = sharding.gather((self.conv1, self.conv2, positions), mel.dtype)
+        conv1, conv2, positions = sharding.all_gather_params(
+            (self.conv1, self.conv2, positions), mel.dtype
+        )
         x = gelu(conv1(mel))
         x = gelu(conv2(x)) + positions.astype(mel.dtype)
         return self.layer_norm(sharding.run_layers(self.layers, x, lambda layer, x: layer(x)))
@@ -301,12 +305,12 @@ class Decoder(eqx.Module):
         self,
         inputs: Float[Array, "B L D"],
         states: Float[Array, "B T D"],
-        recompute: sharding.Recompute = "layers",
+        remat: sharding.Remat = "layers",
     ) -> Float[Array, "B L D"]:
         """Hidden states after the last norm, for inputs (tokens or queries) without positions."""
-        positions = sharding.gather(self.embed_positions.weight, inputs.dtype)
+        positions = sharding.all_gather_params(self.embed_positions.weight, inputs.dtype)
         x = inputs + positions[: inputs.shape[1]].astype(inputs.dtype)
-        x = sharding.run_layers(self.layers, x, lambda layer, x: layer(x, states), recompute)
+        x = sharding.run_layers(self.layers, x, lambda layer, x: layer(x, states), remat)
         return self.layer_norm(x)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -317,8 +321,8 @@ class Decoder(eqx.Module):
         """Cross-attention keys and values of every layer, and room for `length` tokens."""
 
         def cross_of(_, layer):
-            module = sharding.gather(layer.encoder_attn, states.dtype)
-            return None, sharding.by_clip(heads_first(module.keys_values(states)))
+            module = sharding.all_gather_params(layer.encoder_attn, states.dtype)
+            return None, sharding.shard_batch(heads_first(module.keys_values(states)))
 
         cross = jax.lax.scan(cross_of, None, self.layers)[1]
         keys = cross[0]  # [N, B, H, T, K]
@@ -327,7 +331,7 @@ class Decoder(eqx.Module):
 
     def step(self, ids: Int[Array, "B"], cache, position: Int[Array, ""]):
         """Logits [B, V] after one more token at `position`, and the cache with it."""
-        x = sharding.to_weights(self.embed(ids[:, None]))
+        x = sharding.broadcast_to_param_shards(self.embed(ids[:, None]))
         x = x + self.embed_positions.weight[position].astype(x.dtype)
 
         def layer(state, numbered):

@@ -96,14 +96,14 @@ def step(
     attention.IMPLEMENTATION = implementation
     asr = cost.sizes_of(whisper.WhisperConfig, whisper_name)
     llm = cost.sizes_of(llama.LlamaConfig, llm_name)
-    device, room = jax.devices()[0], sharding.room_here()
+    device, room = jax.devices()[0], sharding.device_memory_bytes()
     preset = dataclasses.replace(recipe.PRESETS["diva-8b"], response_loss=loss, dtype="bfloat16")
     for size in (size for size in BATCHES if size <= most):
         config = dataclasses.replace(preset, batch_size=size)
         mesh = sharding.make_mesh(size, devices=[device])
         inputs = functools.partial(train.abstract_inputs, config, asr=asr, llm=llm)
         try:
-            compiled, recompute, _ = train.compile_step(config, [mesh], room, inputs)
+            compiled, remat, _ = train.compile_step(config, [mesh], room, inputs)
             state, shapes = inputs(mesh)
             break
         except ValueError:  # it does not fit
@@ -119,7 +119,7 @@ def step(
     params, opt_state, frozen = state
     params, frozen = filled(params), filled(frozen)
     opt_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), opt_state)
-    batch, times = sharding.to_devices(clips, mesh), []
+    batch, times = sharding.shard_host_batch(clips, mesh), []
     for number in range(-WARM, STEPS):
         start = time.perf_counter()
         params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(0))
@@ -131,7 +131,7 @@ def step(
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {
         "batch": size,
-        "recompute": recompute,
+        "remat": remat,
         "seconds": median(times),
         "flops": work * size / median(times),
         "memory": peak or compilation.bytes_needed(compiled.memory_analysis()),
@@ -193,7 +193,7 @@ def table(measured: dict[str, Any]) -> str:
             [row["error"], "", "", "", ""]
             if "error" in row
             else [
-                f"{row['batch']}, {row['recompute']}",
+                f"{row['batch']}, {row['remat']}",
                 f"{row['seconds']:.2f}",
                 f"{row['batch'] / row['seconds']:.1f}",
                 f"{100 * row['flops'] / limits['flops']:.0f}",

@@ -95,8 +95,10 @@ def write(file: Path, tensors: dict[str, tuple[int, ...]]) -> None:
 def load(folder: Path) -> dict[str, Any]:
     """Load the checkpoint over all devices: when, and what the process held before and at most."""
     mesh = sharding.make_mesh(DEVICES)
-    place = functools.partial(sharding.place, mesh=mesh)
-    jax.block_until_ready(place(jnp.ones((DEVICES, sharding.SMALL))))  # now the devices are up
+    place = functools.partial(sharding.shard_params, mesh=mesh)
+    jax.block_until_ready(
+        place(jnp.ones((DEVICES, sharding.MIN_SHARDED_SIZE)))
+    )  # now the devices are up
     before, began = side_by_side.memory(), time.monotonic()
     model = jax.block_until_ready(llama.Llama.load(folder, jnp.bfloat16, place))
     ended, arrays = time.monotonic(), jax.tree.leaves(model)

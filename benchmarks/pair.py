@@ -39,12 +39,12 @@ def look(diva: connector.DiVA, batch: dict, prefix, suffix) -> dict[str, jax.Arr
     aligned, real = distill_loss.last_tokens(out.virtual, batch["lengths"], batch["ids"].shape[1])
     student, teacher = out.student[:, 0], out.teacher[:, 0]
     return {
-        "alignment": (distill_loss.length(aligned - out.targets) * real).sum(1),
-        "response": distill_loss.length(student - teacher),
+        "alignment": (distill_loss.l2_norm(aligned - out.targets) * real).sum(1),
+        "response": distill_loss.l2_norm(student - teacher),
         "KL of the first token, nats": distill_loss.kl_divergence(
             student, teacher, diva.llm.output_matrix
         ),
-        "heard": connector.heard(diva.llm, aligned),
+        "heard": connector.nearest_token_ids(diva.llm, aligned),
     }
 
 

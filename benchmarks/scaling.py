@@ -24,7 +24,7 @@ BATCH = 128
 def measure(name: str) -> dict[str, Any]:
     chips = math.prod(int(n) for n in name.partition(":")[2].split("x"))
     # on one chip nothing less fits than recomputing layers: so that is what all of them do
-    flags = f"--preset diva-8b --batch-size {BATCH} --recompute layers --fsdp {chips}"
+    flags = f"--preset diva-8b --batch-size {BATCH} --remat layers --fsdp {chips}"
     found = train.compile_for(recipe.parse([*flags.split(), "--compile-only", name]))
     program = found.program
     return {

@@ -60,7 +60,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
 def state(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> tuple:
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
     mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
-    diva = sharding.place(connector.DiVA.load(folder), mesh)
+    diva = sharding.shard_params(connector.DiVA.load(folder), mesh)
     before = train.state_of(config, diva, (batch["prefix"], batch["suffix"], None), mesh)
     return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
 
@@ -83,13 +83,13 @@ def gradient(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) 
 def training(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> Callable:
     """A step of training, always on `batch`, as train.py's loop does it; returns the two losses."""
     mesh, (params, opt_state, frozen), batch = state(folder, batch, config)
-    step, on_devices = 0, sharding.to_devices(batch, mesh)
+    step, on_devices = 0, sharding.shard_host_batch(batch, mesh)
     inputs = (params, opt_state, frozen), on_devices
     compiled, *_ = train.compile_step(config, [mesh], math.inf, lambda _: inputs)
 
     def work():
         nonlocal params, opt_state, step
-        on_devices = sharding.to_devices(batch, mesh)
+        on_devices = sharding.shard_host_batch(batch, mesh)
         params, opt_state, metrics = compiled(params, opt_state, frozen, on_devices, np.int32(step))
         step += 1
         return [float(metrics[name]) for name in ("alignment", "response")]
@@ -129,7 +129,7 @@ def agreement(
 
 def flops(folder: Path, queries: int, batch: dict[str, np.ndarray]) -> float:
     """Of one step, by hand."""
-    asr, (_, llm) = connector.heard_by(folder), connector.references(folder)
+    asr, (_, llm) = connector.encoder_config(folder), connector.references(folder)
     size, text = batch["ids"].shape
     given = asr, cost.sizes_of(llama.LlamaConfig, llm), queries, len(batch["suffix"]), text
     return size * sum(cost.flops(*given, before=len(batch["prefix"])).values())

@@ -94,7 +94,7 @@ def _made(
     file = folder / f"{Path(sources[0]).stem}-{zlib.crc32(repr(made_of).encode()):08x}.wav"
     if not file.is_file():
         clip, *others = map(audio_files.load, sources)
-        with files.whole(file) as partial:
+        with files.atomic_write(file) as partial:
             heard = degraded(kind, value, clip, others, rng)
             soundfile.write(partial, heard, audio_files.SAMPLE_RATE, "FLOAT", format="WAV")
     return str(file)

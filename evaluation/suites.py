@@ -136,7 +136,7 @@ def read_sd_qa(folder: Path, split: str = "dev", unpack: str | Path | None = Non
         yield from _sd_qa_repository(folder / split / "eng", split)
         return
     if not (folder / "data").is_dir():
-        files.there(folder / f"{split}/eng or data")
+        files.require_file(folder / f"{split}/eng or data")
     into = Path(unpack or folder / "unpacked") / split
     for _, row in parquet.table(folder, split, ["id", "question", "answers", *DIALECTS]):
         for dialect in DIALECTS:
@@ -226,7 +226,7 @@ def read_meld(folder: Path, split: str = "test", audio: str | Path | None = None
     if not file.is_file() and parquet.shards(folder, split):
         yield from itertools.starmap(Example, labelled(folder, split, MELD_LABELS, audio))
         return
-    files.there(file)
+    files.require_file(file)
     sounds = wavs(Path(audio or folder / MELD_VIDEOS.get(split, split)))
     columns = ["Utterance", "Emotion", "Dialogue_ID", "Utterance_ID"]
     for where, row in files.table(file, columns, errors="cp1252"):
@@ -373,7 +373,7 @@ def read_manifest(path: Path, split: str = "test") -> Rows:
         if not answers or files.of_macos(row["audio"]):
             yield where, "of macOS (._*), no recording" if answers else "without an answer"
         else:
-            fields["audio"] = files.beside(file.parent, row["audio"])
+            fields["audio"] = files.resolve_audio_path(file.parent, row["audio"])
             yield Example(**fields, answers=answers)
 
 

@@ -81,7 +81,7 @@ class Models:
         templates = connector.templates(folder, dtype)
         # there are two connectors
         mesh = sharding.local_mesh((*templates, templates[-1]), share=True)
-        place = functools.partial(sharding.place, mesh=mesh)
+        place = functools.partial(sharding.shard_params, mesh=mesh)
         diva = connector.DiVA.load(folder, dtype, place)
         asr = generate.Transcriber.load(asr_path, "en", dtype, place, diva.encoder)
         queries = len(diva.connector.query_tokens)
@@ -96,25 +96,25 @@ class Models:
 
     def nearest(self, virtual: Float[Array, "B Q E"]) -> list[str]:
         """What the LLM hears of each clip, as text: the tokens nearest to its virtual tokens."""
-        ids = np.asarray(connector.heard(self.diva.llm, virtual))
+        ids = np.asarray(connector.nearest_token_ids(self.diva.llm, virtual))
         return [" ".join(self.chat.decode(row).split()) for row in ids]
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
 def listen(diva: connector.DiVA, audio: Float[Array, "B S"]) -> Float[Array, "B T D"]:
     """Encoder states, compiled; every system hears the same ones."""
-    return diva.listen(audio)
+    return diva.encode(audio)
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
 def speak(module: connector.Connector, states: Float[Array, "B T D"]) -> Float[Array, "B Q E"]:
     """Virtual tokens of one system's connector, compiled."""
     return module(states)
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
 def fill(
     llm: llama.Llama,
@@ -124,10 +124,12 @@ def fill(
     rows: Int[Array, "B"],
 ) -> Float[Array, "B L E"]:
     """Embeddings of the prompts, with virtual[rows] written over the hole that begins at starts."""
-    return generate.put(llm.embed(ids), sharding.by_clip(virtual[rows]), starts)
+    return generate.insert_virtual_tokens(
+        llm.embed(ids), sharding.shard_batch(virtual[rows]), starts
+    )
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @eqx.filter_jit
 def label_scores(
     llm: llama.Llama,

@@ -34,14 +34,14 @@ def find(folder: Path, *patterns: str) -> Path:
     for pattern in patterns:
         if found := files.listed(folder, pattern):
             return found[0]
-    return files.there(folder / " or ".join(patterns))
+    return files.require_file(folder / " or ".join(patterns))
 
 
 def present(folder: Path, names: Sequence[str]) -> list[str]:
     """Those of the parts that are there; the others are named in a warning."""
     absent = [name for name in names if not (folder / name).is_dir()]
     if len(absent) == len(names):
-        files.there(folder / " or ".join(names))
+        files.require_file(folder / " or ".join(names))
     if absent:
         log.warning("%s: without %s: the set is not complete", folder, ", ".join(absent))
     return [name for name in names if name not in absent]
@@ -50,7 +50,7 @@ def present(folder: Path, names: Sequence[str]) -> list[str]:
 def wavs(folder: Path) -> Path:
     """The folder itself, if it may hold the audio; videos alone are refused with a remedy."""
     if not folder.is_dir():
-        files.there(folder / "*.wav")
+        files.require_file(folder / "*.wav")
     names = sorted(name for name in os.listdir(folder) if not files.of_macos(name))
     videos = [name for name in names if name.endswith(".mp4")]
     if videos and not any(name.endswith(".wav") for name in names):
@@ -75,7 +75,7 @@ def unpacked(sound: dict[str, Any] | None, folder: Path, name: str) -> str:
     ending = Path(path).suffix or [*endings, ".wav"][0]
     file = folder / f"{name}-{zlib.crc32(content):08x}{ending}"
     if content and not file.is_file():
-        with files.whole(file) as partial:
+        with files.atomic_write(file) as partial:
             partial.write_bytes(content)
     return str(file)
 

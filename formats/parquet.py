@@ -314,7 +314,7 @@ def held(name: str, value: dict[str, Any] | None) -> bytes | Path:
     content, path = (value or {}).get("bytes"), (value or {}).get("path")
     if content:
         return content
-    file = Path(files.beside(Path(name).parent, path or ""))
+    file = Path(files.resolve_audio_path(Path(name).parent, path or ""))
     if not path or not file.is_file():
         raise FileNotFoundError(
             f"{name}: no bytes, and {file if path else 'no path'} in place of them; expected a "

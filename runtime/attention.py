@@ -51,7 +51,7 @@ def attend(
     scores = queries.shape[0] * queries.shape[2] * queries.shape[1] * keys.shape[1]
     if sharding.platform() == "cpu" and scores > CACHED:
         attention = functools.partial(by_head, causal)
-        return sharding.on_own_clips(attention, queries, keys, values)
+        return sharding.shard_map_batch(attention, queries, keys, values)
     return jax.nn.dot_product_attention(
         queries,
         keys,
@@ -111,7 +111,7 @@ def by_head(
         return _join(heard, one[0])[0]
 
     heard = jax.lax.map(clip, (queries, keys, values)).astype(queries.dtype)
-    return checkpoint_name(heard, sharding.KEPT)
+    return checkpoint_name(heard, sharding.SAVED_NAME)
 
 
 def _split(x, heads):

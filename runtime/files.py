@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------ reading
 
 
-def there(file: Path) -> Path:
+def require_file(file: Path) -> Path:
     """The file itself. Raises FileNotFoundError where there is none."""
     if not file.is_file():
         raise FileNotFoundError(
@@ -60,7 +60,7 @@ def opened(file: Path, errors: str = "strict") -> Iterator[TextIO]:
 
     Lines end as they do on any system: with LF, CR LF or CR.
     """
-    unpack = gzip.open if there(file).suffix == ".gz" else open
+    unpack = gzip.open if require_file(file).suffix == ".gz" else open
     try:
         with unpack(file, "rb") as stream:
             wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -224,7 +224,7 @@ def of_macos(file: str) -> bool:
     return os.path.basename(file).startswith("._")
 
 
-def beside(folder: str | Path, name: str) -> str:
+def resolve_audio_path(folder: str | Path, name: str) -> str:
     """The recording that a list in `folder` names: with the ending that Common Voice 1 left out,
     and the separators that Windows writes, if it is there so and not as it is named."""
     path = os.path.join(folder, name)
@@ -254,7 +254,7 @@ def in_bucket(path: Path | epath.Path | str) -> bool:
 
 
 @contextlib.contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """A name beside `file` to write to; at the end of the block it becomes `file`, at once.
 
     Its folder is made; several processes may write the same file; after an error nothing is left.
@@ -274,7 +274,7 @@ def write_text(file: Path | epath.Path, text: str) -> None:
     if in_bucket(file):
         file.write_text(text, encoding="utf-8")
         return
-    with whole(Path(file)) as partial:
+    with atomic_write(Path(file)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -286,7 +286,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diva")
 
 
-def remembered(
+def cached_per_file(
     name: str, files: Sequence[str], measure: Callable[[str], Any], failures: tuple[type, ...]
 ) -> dict[str, Any]:
     """{file: measure(file)}, which JSON can hold, 0 where that raises one of `failures`; each is
@@ -316,7 +316,7 @@ def remembered(
         found = pool.map(look, files)
     if new := {key: value for key, value in found if key and key not in kept}:
         try:
-            with whole(index) as partial:
+            with atomic_write(index) as partial:
                 partial.write_bytes(gzip.compress(json.dumps(kept | new).encode(), 1))
         except OSError as error:
             log.warning(

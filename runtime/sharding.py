@@ -13,7 +13,7 @@ the same sums as on one device. It pays for what is trained, which takes 16 byte
 gradient and its optimizer. What is frozen takes 2, and stands still wherever it fits. Written down
 here once, it holds for the encoder, the connector and the LLM. With which collectives, XLA decides:
 over a whole slice of 64 chips it would gather by adding up pieces padded with zeros, which is twice
-the traffic; so large slices are replicas of NEAR devices ("hybrid sharding").
+the traffic; so large slices are replicas of MAX_FSDP_DEVICES devices ("hybrid sharding").
 
 Where one token is computed at a time, that is turned around: it goes to the pieces of the weights.
 
@@ -40,10 +40,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 AXES = ("replica", "data", "fsdp")
 FROZEN, TRAINED = AXES[2:], AXES[1:]  # over which axes large arrays are split
-COPIES = AXES[:2]  # of what is frozen
-NEAR = 16  # devices over which what is trained is split, at most; over as many as what is frozen
-WEIGHTS = 0.8  # of a device's memory: the rest is for what is computed
-SMALL = 2**14  # elements (of one layer): arrays below are copied to every device
+REPLICA_AXES = AXES[:2]  # of what is frozen
+MAX_FSDP_DEVICES = 16  # over which trained arrays are split; more if the frozen ones are
+MAX_PARAM_MEMORY_FRACTION = 0.8  # of a device's memory: the rest is for what is computed
+MIN_SHARDED_SIZE = 2**14  # elements (of one layer): arrays below are copied to every device
 
 
 def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> Mesh:
@@ -60,14 +60,18 @@ def make_mesh(batch_size: int, fsdp: int | None = None, devices: Any = None) -> 
             f"{max(1, round(batch_size / len(devices))) * len(devices)}."
         )
     copies = len(devices) // fsdp
-    data = max(n for n in range(1, copies + 1) if copies % n == 0 and (n == 1 or n * fsdp <= NEAR))
+    data = max(
+        n
+        for n in range(1, copies + 1)
+        if copies % n == 0 and (n == 1 or n * fsdp <= MAX_FSDP_DEVICES)
+    )
     shape = (copies // data, data, fsdp)
     # jax.make_mesh would refuse the grids for which an axis of a torus has to be cut in two
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def grids(batch_size: int, fsdp: int | None = None, devices: Any = None) -> list[Mesh]:
+def candidate_meshes(batch_size: int, fsdp: int | None = None, devices: Any = None) -> list[Mesh]:
     """The grids that a run may choose from, least traffic first: from frozen arrays whole on every
     device to one copy split over all; with `fsdp` only that one. Raises ValueError."""
     count = make_mesh(batch_size, fsdp, devices).size
@@ -75,7 +79,7 @@ def grids(batch_size: int, fsdp: int | None = None, devices: Any = None) -> list
     return [make_mesh(batch_size, n, devices) for n in parts]
 
 
-def room_here() -> float:
+def device_memory_bytes() -> float:
     """Bytes of memory of one device of this process; infinite where it does not say, as on CPUs."""
     return float((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf))
 
@@ -92,7 +96,7 @@ def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
     device has a copy, [1, n, 1], if there are clips to `share`.
     """
     devices, leaves = jax.local_devices(), jax.tree.leaves(templates)
-    room = WEIGHTS * room_here()
+    room = MAX_PARAM_MEMORY_FRACTION * device_memory_bytes()
     fits = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) <= room
     if len(devices) == 1 or room == math.inf or (fits and not share):
         return None
@@ -102,45 +106,47 @@ def local_mesh(templates: Any, share: bool = False) -> Mesh | None:
 # ----------------------------------------------------------------------------------- where it lives
 
 
-def spec(shape: tuple[int, ...], parts: int, first: int = 0, over: tuple[str, ...] = FROZEN) -> P:
+def partition_spec(
+    shape: tuple[int, ...], parts: int, first: int = 0, over: tuple[str, ...] = FROZEN
+) -> P:
     """How one array is split in `parts`, `over` axes of the mesh: along its largest dividing axis,
     of those from `first` on.
 
     Not at all, P(), if it is small or no axis divides.
     """
     fitting = [axis for axis in range(first, len(shape)) if shape[axis] % parts == 0]
-    if not fitting or np.prod(shape) < SMALL:
+    if not fitting or np.prod(shape) < MIN_SHARDED_SIZE:
         return P()
     return P(*[None] * max(fitting, key=lambda axis: shape[axis]), over)
 
 
-def parts_of(mesh: Mesh | AbstractMesh, over: str | tuple[str, ...] | None) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, over: str | tuple[str, ...] | None) -> int:
     """Of an axis that is split over one of the mesh's axes, or over several."""
     return math.prod(
         mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ())
     )
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, over: tuple[str, ...] = FROZEN) -> Any:
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, over: tuple[str, ...] = FROZEN) -> Any:
     """The rule for every array of a model, or, over TRAINED, its gradients and its optimizer.
 
     The layer axis of a stack stays whole, since lax.scan runs along it; so do the rows of a lookup
     table: each device looks up its own columns, and only the rows found need to travel.
     """
-    parts = parts_of(mesh, over)
+    parts = axis_size(mesh, over)
 
     def rule(path: tuple, leaf: Any) -> NamedSharding:
         names = {getattr(key, "name", None) for key in path}
         if "layers" in names:
-            inner = spec(leaf.shape[1:], parts, over=over)
+            inner = partition_spec(leaf.shape[1:], parts, over=over)
             return NamedSharding(mesh, P(None, *inner) if inner else P())
         is_table = bool(names & {"embed_tokens", "embed_positions"})
-        return NamedSharding(mesh, spec(leaf.shape, parts, int(is_table), over))
+        return NamedSharding(mesh, partition_spec(leaf.shape, parts, int(is_table), over))
 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = FROZEN) -> Any:
+def shard_params(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = FROZEN) -> Any:
     """`tree` of arrays, or of shapes still to be loaded, with every leaf where it belongs."""
     if mesh is None:
         return tree
@@ -150,15 +156,15 @@ def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = FROZEN) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return jax.device_put(leaf, where)
 
-    return jax.tree.map(put, tree, shardings(tree, mesh, over))
+    return jax.tree.map(put, tree, param_shardings(tree, mesh, over))
 
 
-def place_local(template: Any) -> Any:
+def shard_params_locally(template: Any) -> Any:
     """The template of one model, placed on the devices of this process: `place` of its `load`."""
-    return place(template, local_mesh(template))
+    return shard_params(template, local_mesh(template))
 
 
-def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def shard_host_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """This process's rows of a batch become part of the global, split batch; shapes get places."""
     where = NamedSharding(mesh, P(AXES))
 
@@ -173,7 +179,7 @@ def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 # ------------------------------------- inside the step, where use_abstract_mesh names the mesh
 
 
-def on_mesh(function: Callable) -> Callable:
+def use_model_mesh(function: Callable) -> Callable:
     """`function(model, ...)`, compiled with the mesh named over which the model lies, if any."""
 
     @functools.wraps(function)
@@ -194,12 +200,12 @@ def constrain(x: Array, where: P) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    shared = (n % parts_of(mesh, axes) == 0 for axes, n in zip(where, x.shape, strict=False))
+    shared = (n % axis_size(mesh, axes) == 0 for axes, n in zip(where, x.shape, strict=False))
     where = P(*(axis if fits else None for axis, fits in zip(where, shared, strict=True)))
     return jax.lax.with_sharding_constraint(x, where)
 
 
-def by_clip(tree: PyTree) -> PyTree:
+def shard_batch(tree: PyTree) -> PyTree:
     """Keep clips, the first axis of every array, split over all devices."""
     return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
 
@@ -216,16 +222,16 @@ def micro_batches(batch: dict[str, Array], size: int) -> dict[str, Array]:
     return {name: split(x) for name, x in batch.items()}
 
 
-def to_weights(x: Array) -> Array:
+def broadcast_to_param_shards(x: Array) -> Array:
     """Few positions go to all devices that share a copy of the weights: for one token of each clip
     that is a thousandth of what the weights would be on their way to the clips."""
-    return constrain(x, P(COPIES))
+    return constrain(x, P(REPLICA_AXES))
 
 
-def to_clips(tree: PyTree) -> PyTree:
+def gather_to_batch(tree: PyTree) -> PyTree:
     """And what the weights made of them goes back to the clips."""
     # by way of all devices: asked for at once, XLA would send the weights to the clips after all
-    return by_clip(jax.tree.map(to_weights, tree))
+    return shard_batch(jax.tree.map(broadcast_to_param_shards, tree))
 
 
 def platform() -> str:
@@ -234,7 +240,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
+def shard_map_batch(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
     """`function(*arrays)` by each device for its own clips: for what XLA does not split, such as
     FFTs and loops over clips."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -244,54 +250,54 @@ def on_own_clips(function: Callable[..., PyTree], *arrays: Array) -> PyTree:
 
 
 @jax.custom_vjp
-def gathered(piece: Array) -> Array:
+def all_gather(piece: Array) -> Array:
     """A split array, whole on every device; backward its gradient, of a trained one, is split."""
     return constrain(piece, P())
 
 
-def _gathered_forward(piece: Array):
-    return gathered(piece), None
+def _all_gather_forward(piece: Array):
+    return all_gather(piece), None
 
 
-def _gathered_backward(_: None, gradient: Array):
+def _all_gather_backward(_: None, gradient: Array):
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else parts_of(mesh, TRAINED)
-    return (constrain(gradient, spec(gradient.shape, parts, over=TRAINED)),)
+    parts = 1 if mesh.empty else axis_size(mesh, TRAINED)
+    return (constrain(gradient, partition_spec(gradient.shape, parts, over=TRAINED)),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+all_gather.defvjp(_all_gather_forward, _all_gather_backward)
 
 
-def gather(layer: PyTree, dtype: Any) -> PyTree:
+def all_gather_params(layer: PyTree, dtype: Any) -> PyTree:
     """All of a layer on every device. Large arrays travel in `dtype`, in which they are used."""
 
     def whole(x: Array) -> Array:
-        return gathered(x.astype(dtype)) if x.size >= SMALL else x
+        return all_gather(x.astype(dtype)) if x.size >= MIN_SHARDED_SIZE else x
 
     return jax.tree.map(whole, layer)
 
 
-def gather_rows(some: Float[Array, "rows E"]) -> Float[Array, "rows E"]:
+def all_gather_rows(some: Float[Array, "rows E"]) -> Float[Array, "rows E"]:
     """Some rows of a lookup table, on every device."""
     # said to be split first: else XLA would gather all rows, and cut these out of them
-    return gathered(constrain(some, P(None, "fsdp")))
+    return all_gather(constrain(some, P(None, "fsdp")))
 
 
 def lookup(table: Float[Array, "rows E"], ids: Int[Array, "B L"]) -> Float[Array, "B L E"]:
     """`table[ids]`: each device finds all rows in its own columns, then each clip gets its rows."""
-    found = table[constrain(ids, P(COPIES))]
-    return by_clip(constrain(found, P(COPIES, None, "fsdp")))
+    found = table[constrain(ids, P(REPLICA_AXES))]
+    return shard_batch(constrain(found, P(REPLICA_AXES, None, "fsdp")))
 
 
-KEPT = "kept"  # checkpoint_name of results that cost more to compute again than to keep
+SAVED_NAME = "kept"  # checkpoint_name of results that cost more to compute again than to keep
 
 # What the backward pass computes again, to save memory; gathered weights are always gathered anew.
-Recompute = Literal["attention", "layers"]
-POLICIES = {
+Remat = Literal["attention", "layers"]
+REMAT_POLICIES = {
     # Products with weights are kept: norms, activations and attention are about 1 % of the work.
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
     ),
     # Only the input of each layer is kept: the forward pass is done twice.
     "layers": jax.checkpoint_policies.nothing_saveable,
@@ -299,7 +305,7 @@ POLICIES = {
 
 
 def run_layers(
-    layers: PyTree, x: PyTree, body: Callable[[Any, Any], Any], recompute: Recompute = "layers"
+    layers: PyTree, x: PyTree, body: Callable[[Any, Any], Any], remat: Remat = "layers"
 ) -> PyTree:
     """`x = body(layer, x)` for every layer of a stack: compiled once, whatever their number.
 
@@ -307,11 +313,11 @@ def run_layers(
     """
     dtype = jax.tree.leaves(x)[0].dtype
 
-    @functools.partial(jax.checkpoint, policy=POLICIES[recompute], prevent_cse=False)
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=False)
     def step(x, layer):
-        return by_clip(body(gather(layer, dtype), x)), None
+        return shard_batch(body(all_gather_params(layer, dtype), x)), None
 
-    return jax.lax.scan(step, by_clip(x), layers)[0]
+    return jax.lax.scan(step, shard_batch(x), layers)[0]
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -356,7 +362,7 @@ def wait_for_all() -> None:
     multihost_utils.sync_global_devices("wait_for_all")
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def from_process_0(make: Callable[[], Any]) -> Any:
     """What `make` returns in process 0 (anything that JSON can say), in every process.
 
     What it raises there is raised everywhere, so that no process waits for one that has gone.
@@ -378,7 +384,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return said["value"]
 
 
-def on_host(tree: PyTree) -> PyTree:
+def gather_to_host(tree: PyTree) -> PyTree:
     """Split arrays, whole in the memory of every host, one at a time."""
     if jax.process_count() == 1:
         return tree

@@ -51,7 +51,7 @@ def check_whisper(folder: Path) -> None:
     close(hidden, expected["hidden"], 1e-4, "decoder states")
     close(model.decoder.logits(hidden), expected["logits"], 1e-4, "logits")
     rules = generate.decoding_rules(folder, model.config, "en")
-    tokens = np.asarray(generate.greedy(model, audio, **rules))[:, len(rules["forced"]) :]
+    tokens = np.asarray(generate.greedy_decode(model, audio, **rules))[:, len(rules["forced"]) :]
     np.testing.assert_array_equal(tokens, expected["tokens"][:, : tokens.shape[1]])
     end = model.config.eos_token_id
     assert (expected["tokens"][:, tokens.shape[1] :] == end).all()

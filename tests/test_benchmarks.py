@@ -126,7 +126,7 @@ def test_the_gpus_batch_is_searched_for_once(monkeypatch):
         tried.append(arguments[-1])
         if len(tried) == 1:
             raise RuntimeError("no cuDNN\nat all")
-        return {"batch": 48, "recompute": "layers", "seconds": 1.5, "flops": 4e14, "memory": 2**36}
+        return {"batch": 48, "remat": "layers", "seconds": 1.5, "flops": 4e14, "memory": 2**36}
 
     monkeypatch.setattr(gpu, "alone", alone)
     table = gpu.table(gpu.measure("a Whisper", "a Llama")).splitlines()

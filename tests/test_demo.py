@@ -99,14 +99,14 @@ def test_a_cascade_answers_what_whisper_writes_as_the_harness_has_it(assistant):
 def test_the_answer_grows_while_it_is_made(assistant):
     """Each reply adds to the one before it; the first is there before the last token is made."""
     texts, steps = [], []
-    plain = generate._next
+    plain = generate.decode_one_token
 
     def counted(*args):
         steps.append(1)
         return plain(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "_next", counted)
+        patch.setattr(generate, "decode_one_token", counted)
         for reply in assistant.answer(QUESTION, instruction="Repeat the input."):
             texts.append((reply.text, len(steps)))
     shown = [text for text, _ in texts]
@@ -123,7 +123,7 @@ def test_a_prompt_is_the_turn_that_was_trained_with(assistant):
     embeds, length = assistant.prompt((), virtual, "Be brief.")
     prefix, suffix = map(jnp.asarray, assistant.chat.wrap("Be brief."))
     turn = assistant.diva.embed_turn(jnp.asarray(virtual)[None], prefix, suffix)
-    assert turn.shape[1] == length and embeds.shape[1] == generate.padded(length)
+    assert turn.shape[1] == length and embeds.shape[1] == generate.pad_to_bucket(length)
     np.testing.assert_array_equal(embeds[:, :length], turn)
 
 

@@ -126,15 +126,21 @@ def test_streaming_samples_as_generate_does(model, prompts):
 
 
 def test_prompts_of_many_lengths_are_compiled_for_few(model):
-    assert [generate.padded(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
+    assert [generate.pad_to_bucket(n) for n in (1, 64, 65, 128, 129, 448, 513)] == [
         *(64, 64, 128, 128, 256, 512, 1024)
     ]
-    before = generate._prefill.__wrapped__._cache_size(), generate._next.__wrapped__._cache_size()
+    before = (
+        generate._prefill.__wrapped__._cache_size(),
+        generate.decode_one_token.__wrapped__._cache_size(),
+    )
     for length in (1, 9, 30):
-        embeds = model.embed(jnp.ones((1, generate.padded(length)), int))
+        embeds = model.embed(jnp.ones((1, generate.pad_to_bucket(length)), int))
         lengths = jnp.asarray([length])
         list(generate.stream(model, embeds, lengths, max_new_tokens=3, stop_ids=(70,)))
-    after = generate._prefill.__wrapped__._cache_size(), generate._next.__wrapped__._cache_size()
+    after = (
+        generate._prefill.__wrapped__._cache_size(),
+        generate.decode_one_token.__wrapped__._cache_size(),
+    )
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
 
 
@@ -143,11 +149,11 @@ def test_sampling_follows_the_softmax_and_the_nucleus():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
     draws = jnp.tile(logits, (20_000, 1))
     for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0])):
-        chosen = generate.choose(draws, 1.0, top_p, jax.random.key(0))
+        chosen = generate.sample(draws, 1.0, top_p, jax.random.key(0))
         found = np.bincount(chosen, minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=5 * 0.5 / 20_000**0.5)
         assert (found[np.array(expected) == 0] == 0).all()
-    cold = generate.choose(draws[:100], 0.05, 1.0, jax.random.key(0))
+    cold = generate.sample(draws[:100], 0.05, 1.0, jax.random.key(0))
     assert (cold == 0).mean() > 0.99
 
 

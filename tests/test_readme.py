@@ -101,8 +101,8 @@ def test_what_was_compiled_for_a_slice_does_the_products_of_its_recipe(row):
     """Queries and window as asked for: the products by hand, what is computed again, and the head
     of the template on each chip."""
     config = recipe.parse(["--preset", row["preset"], *row["flags"].split()])
-    asr = connector.hearing(cost.PUBLISHED[config.whisper], config.window)
-    llm, way = cost.PUBLISHED[config.llm], row["recompute"]
+    asr = connector.with_window(cost.PUBLISHED[config.whisper], config.window)
+    llm, way = cost.PUBLISHED[config.llm], row["remat"]
     queries = config.queries or asr.max_target_positions
     by_hand = sum(test_cost.flops(asr, llm, queries, cost.TEXT).values())
     assert row["flops"] == by_hand
@@ -169,7 +169,7 @@ def test_the_demos_commands_are_understood(monkeypatch, tmp_path):
         raise InterruptedError
 
     monkeypatch.setattr(demo.Assistant, "load", staticmethod(load))
-    monkeypatch.setattr(connector, "heard_by", load)  # asked first, where there is a clip
+    monkeypatch.setattr(connector, "encoder_config", load)  # asked first, where there is a clip
     monkeypatch.setitem(sys.modules, "serving.page", types.ModuleType("serving.page"))
     commands = re.findall(r"python demo\.py([^`\n#|]*)", ALL)
     monkeypatch.chdir(tmp_path)

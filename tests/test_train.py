@@ -139,7 +139,7 @@ def root(tmp_path_factory) -> Iterator[Path]:
     write_tokenizer(root / "llama")
     write_tokenizer(root / "whisper")
     write_clips(root / "cv", 8)
-    sharding.SMALL = 64  # so that arrays of this size are split over devices at all
+    sharding.MIN_SHARDED_SIZE = 64  # so that arrays of this size are split over devices at all
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "True"  # of the processes that tests start
     with universe.compiled_fast():
         yield root
@@ -186,7 +186,7 @@ def rows_of(out: Path) -> list[dict]:
 def not_compiled(monkeypatch) -> None:
     """For tests of what stands before the step."""
     monkeypatch.setattr(train, "compile_step", lambda _, grids, *__: (None, "attention", grids[0]))
-    monkeypatch.setattr(train.compiling, "summary", lambda *_: "not at all")
+    monkeypatch.setattr(train.compilation, "summary", lambda *_: "not at all")
 
 
 run_llm = jax.jit(lambda llm, embeds: llm(embeds))
@@ -214,7 +214,7 @@ class Started:
         self.batches = data.batches(corpus, batch_size=config.batch_size, seed=0)
 
     def step(self, number: int) -> dict:
-        batch = sharding.to_devices(next(self.batches), self.mesh)
+        batch = sharding.shard_host_batch(next(self.batches), self.mesh)
         self.params, self.opt_state, metrics = train.train_step(
             self.params,
             self.opt_state,
@@ -379,14 +379,14 @@ def test_micro_batches_add_up_to_the_whole_batch(devices, size, root, tmp_path):
             more = start.recipe, "attention", size
             return train.gradients(start.params, start.frozen, batch, *more)
 
-    whole = gradients(sharding.to_devices(batch, start.mesh), None)
-    found = gradients(sharding.to_devices(batch, start.mesh), size)
+    whole = gradients(sharding.shard_host_batch(batch, start.mesh), None)
+    found = gradients(sharding.shard_host_batch(batch, start.mesh), size)
     assert np.all(found[1][1]) and found[1][1].shape == whole[1][1].shape
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         far = np.abs(np.asarray(b, np.float64)).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * far)
     batch["weights"][4:] = 0  # the first part alone
-    alone = gradients(sharding.to_devices(batch, start.mesh), None)
+    alone = gradients(sharding.shard_host_batch(batch, start.mesh), None)
     assert abs(float(alone[1][0]["alignment"]) / float(whole[1][0]["alignment"]) - 1) > 1e-3
 
 
@@ -394,7 +394,7 @@ def test_a_part_that_is_not_finite_is_found(root, tmp_path):
     start = Started(config_of(root, tmp_path, fsdp=1, batch_size=4), jax.devices()[:1])
     batch = next(start.batches)
     batch["audio"][2] = np.nan
-    batch = sharding.to_devices(batch, start.mesh)
+    batch = sharding.shard_host_batch(batch, start.mesh)
     more = start.recipe, "attention", 1
     assert not train.gradients(start.params, start.frozen, batch, *more)[1][1].all()
 
@@ -410,7 +410,7 @@ def test_eight_devices_give_what_one_gives(root, tmp_path, monkeypatch):
     one = Started(dataclasses.replace(config, fsdp=1), jax.devices()[:1])
     expected = [one.step(step) for step in range(3)]
     for fsdp, near in ((1, 4), (4, 16), (8, 16)):
-        monkeypatch.setattr(sharding, "NEAR", near)
+        monkeypatch.setattr(sharding, "MAX_FSDP_DEVICES", near)
         many, trained = Started(dataclasses.replace(config, fsdp=fsdp)), min(8, near)
         for tree, parts in ((many.params, trained), (many.opt_state, trained), (many.frozen, fsdp)):
             shards = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)]
@@ -438,7 +438,7 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
     config = dataclasses.replace(config, instructions=str(instructions))
 
     def compile_step(config, grids, room, inputs):
-        asked.append((config.recompute, [mesh.shape["fsdp"] for mesh in grids], room))
+        asked.append((config.remat, [mesh.shape["fsdp"] for mesh in grids], room))
         mesh = grids[len(asked) == 1 and 2]
         asked.append([(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(inputs(mesh))])
         if len(asked) == 2:  # no arrays yet, but of the template
@@ -446,8 +446,8 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
         return None, "layers", mesh
 
     monkeypatch.setattr(train, "compile_step", compile_step)
-    monkeypatch.setattr(sharding, "room_here", lambda: 1e9)
-    corpus, *_, mesh = train.start(config, sharding.grids(8))
+    monkeypatch.setattr(sharding, "device_memory_bytes", lambda: 1e9)
+    corpus, *_, mesh = train.start(config, sharding.candidate_meshes(8))
     first, shapes, second, arrays = asked
     assert first == ("auto", [1, 2, 4, 8], 1e9) and second == ("layers", [4], 1e9)
     assert mesh.shape["fsdp"] == 4
@@ -461,9 +461,13 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
 def test_nothing_is_compiled_where_there_is_no_choice(root, tmp_path, monkeypatch):
     """One device, a grid that was asked for, devices that do not say what they hold."""
     config, one = config_of(root, tmp_path, fsdp=None), jax.devices()[:1]
-    many, asked = sharding.grids(8), sharding.grids(8, 4)
-    for room, grids in ((1e9, sharding.grids(8, None, one)), (1e9, asked), (math.inf, many)):
-        monkeypatch.setattr(sharding, "room_here", lambda room=room: room)
+    many, asked = sharding.candidate_meshes(8), sharding.candidate_meshes(8, 4)
+    for room, grids in (
+        (1e9, sharding.candidate_meshes(8, None, one)),
+        (1e9, asked),
+        (math.inf, many),
+    ):
+        monkeypatch.setattr(sharding, "device_memory_bytes", lambda room=room: room)
         assert train.choose(config, grids, pytest.fail) == (grids[0], config)
     assert many[0].shape["fsdp"] == 1
 
@@ -581,7 +585,7 @@ def test_response_loss_chooses_the_distance():
     for kind, value in expected.items():
         for counts in ([1, 1, 1, 1], [3, 1, 2, 3]):  # the same state thrice: the same mean
             states = [jnp.repeat(jnp.asarray(x)[:, None], 3, axis=1) for x in (student, teacher)]
-            shared = distill_loss.by_state(weight, jnp.asarray(counts), 3)
+            shared = distill_loss.response_weights(weight, jnp.asarray(counts), 3)
             np.testing.assert_array_equal((shared > 0).sum(1), [*counts[:3], 0])
             found = distill_loss.response(kind, *states, shared, *rest)
             np.testing.assert_allclose(found, value, rtol=1e-4, err_msg=kind)
@@ -600,7 +604,7 @@ def asked(root: Path, out: Path, most: int, stop_ids: tuple[int, ...], fsdp: int
     llm = checks.random_weights(
         weights.abstract(llama.Llama.init, sizes, jax.random.key(0)), 3, 1.0
     )
-    llm = sharding.place(llm, mesh)  # one that does not say the same all the time
+    llm = sharding.shard_params(llm, mesh)  # one that does not say the same all the time
     prefix, suffix = llama.Chat.load(root / "llama").wrap()
     prompts = [np.array([*prefix, *text, *suffix], np.int32) for text in TRANSCRIPTS]
     found = teacher_responses._ask_all(llm, stop_ids, prompts, config_of(root, out), mesh, most)
@@ -1020,7 +1024,7 @@ def start_process(config: recipe.Config, **environment: str) -> subprocess.Popen
     code = (
         "import time, data, train\n"
         "from runtime import cli, sharding\n"
-        "sharding.SMALL, plain = 64, data.batches\n"
+        "sharding.MIN_SHARDED_SIZE, plain = 64, data.batches\n"
         "def slow(*args, **kwargs):\n"
         "    for batch in plain(*args, **kwargs):\n"
         "        time.sleep(0.1); yield batch\n"

@@ -46,8 +46,10 @@ def test_the_decoder_is_causal(model, audio):
 @universe.compiled_fast()
 def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
     rules = generate.decoding_rules(FIXTURES / NAMES[0], model.config, "en")
-    both = generate.greedy(model, audio, **rules)
-    alone = jnp.concatenate([generate.greedy(model, audio[i : i + 1], **rules) for i in (0, 1)])
+    both = generate.greedy_decode(model, audio, **rules)
+    alone = jnp.concatenate(
+        [generate.greedy_decode(model, audio[i : i + 1], **rules) for i in (0, 1)]
+    )
     np.testing.assert_array_equal(both, alone)
 
 
@@ -55,9 +57,9 @@ def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
 def test_suppressed_tokens_are_never_written(model, audio):
     """What would be written is suppressed: something else is, from the first free position on."""
     rules = dict(forced=(40, 41), suppress=(), begin_suppress=(), max_length=10)
-    free = np.asarray(generate.greedy(model, audio, **rules))
+    free = np.asarray(generate.greedy_decode(model, audio, **rules))
     banned = tuple(int(token) for token in np.unique(free[:, 2:4]))
-    without = np.asarray(generate.greedy(model, audio, **rules | {"suppress": banned}))
+    without = np.asarray(generate.greedy_decode(model, audio, **rules | {"suppress": banned}))
     assert not np.isin(without[:, 2:], banned).any() and (without[:, 2] != free[:, 2]).all()
 
 

@@ -1,6 +1,6 @@
 """Compiling: the step made for chips that are here, or for a slice of TPUs that is not.
 
-    fit(lower, ...)    -> the compiled step that computes again and sends as little as fits
+    compile_first_that_fits(lower, ...)    -> the compiled step, on the first mesh it fits
     for_slice(...)     -> the same step for a slice of TPUs, from shapes alone
     report(...)        -> what that takes: memory, collectives, FLOPs, time
 
@@ -35,7 +35,7 @@ OPTIONS = {"tpu": {"xla_enable_async_all_gather": True}}
 # ---------------------------------------------------------------------------- as little as fits
 
 
-def at_once(config: Any, mesh: Mesh) -> int | None:
+def micro_batch_size(config: Any, mesh: Mesh) -> int | None:
     """Clips that each device takes at a time; None if that is all of them. Raises ValueError."""
     clips, size = config.batch_size // mesh.size, config.micro_batch
     if size is None or size >= clips:
@@ -48,13 +48,13 @@ def at_once(config: Any, mesh: Mesh) -> int | None:
     return size
 
 
-def fit(
-    lower: Callable[[sharding.Recompute, Mesh], Any],
+def compile_first_that_fits(
+    lower: Callable[[sharding.Remat, Mesh], Any],
     config: Any,
     grids: list[Mesh],
     room: float,
     inputs: Callable[[Mesh], Any],
-) -> tuple[Any, sharding.Recompute, Mesh]:
+) -> tuple[Any, sharding.Remat, Mesh]:
     """The compiled step, what its backward pass recomputes, and its grid: the first that fits of
 
         attention, frozen weights whole on each device; split over 2, ... over all
@@ -64,26 +64,26 @@ def fit(
 
     Args:
         lower: the step, lowered with what shall be recomputed, for a grid.
-        config: its batch_size, micro_batch and recompute are asked for.
+        config: its batch_size, micro_batch and remat are asked for.
         grids: from which to choose, least traffic first.
         room: bytes of memory of one device.
         inputs: what the step is given on a grid: (trained, optimizer, frozen), batch.
 
     Raises ValueError if none fits.
     """
-    ways = ("attention", "layers") if config.recompute == "auto" else (config.recompute,)
-    for recompute in ways:
+    ways = ("attention", "layers") if config.remat == "auto" else (config.remat,)
+    for remat in ways:
         beside = 0.0  # what the step takes beside its arguments: on every grid nearly the same
         for mesh in grids:
             fixed = bytes_held(held := inputs(mesh))
-            last = recompute == ways[-1] and mesh is grids[-1]
+            last = remat == ways[-1] and mesh is grids[-1]
             if fixed + beside > room and not last:
                 continue
-            compiled, needed = _try(lower(recompute, mesh), mesh.devices.flat[0].platform)
+            compiled, needed = _try(lower(remat, mesh), mesh.devices.flat[0].platform)
             if compiled is not None and needed <= room:
-                return compiled, recompute, mesh
+                return compiled, remat, mesh
             beside = needed - fixed if needed < math.inf else 0.0
-    raise ValueError(_too_large(config, mesh, recompute, room, needed, held))
+    raise ValueError(_too_large(config, mesh, remat, room, needed, held))
 
 
 def _try(lowered: Any, platform: str) -> tuple[Any, float]:
@@ -99,11 +99,11 @@ def _try(lowered: Any, platform: str) -> tuple[Any, float]:
 
 
 def _too_large(
-    config: Any, mesh: Mesh, recompute: sharding.Recompute, room: float, needed: float, held: Any
+    config: Any, mesh: Mesh, remat: sharding.Remat, room: float, needed: float, held: Any
 ) -> str:
     """What is said where nothing fits, of the way that needs least."""
     clips = config.batch_size // mesh.size
-    size = at_once(config, mesh) or clips
+    size = micro_batch_size(config, mesh) or clips
     # All but the arguments grows with the clips; sums of gradients are kept beside those of a part.
     fixed, sums = bytes_held(held), 2 * bytes_held(held[0][0])
     most = size * (room - fixed - sums) / (needed - fixed)
@@ -112,10 +112,10 @@ def _too_large(
     wanted = cost.gib(needed) if needed < math.inf else "more"
     return (
         f"the step needs {wanted} on each device, which holds {cost.gib(room)} "
-        f"({size} clips at once on each of {mesh.size}, recomputing {recompute}). Expected it to "
+        f"({size} clips at once on each of {mesh.size}, recomputing {remat}). Expected it to "
         "fit: "
         + (advice if fitting else "take more devices or a smaller preset")
-        + ("; so might --recompute layers." if recompute == "attention" else ".")
+        + ("; so might --remat layers." if remat == "attention" else ".")
     )
 
 
@@ -131,13 +131,13 @@ def frozen_on(mesh: Mesh) -> str:
     return f"split over {parts}" if parts > 1 else f"whole on each of {mesh.size} devices"
 
 
-def summary(compiled: Any, recompute: sharding.Recompute, flops: float, mesh: Mesh) -> str:
+def summary(compiled: Any, remat: sharding.Remat, flops: float, mesh: Mesh) -> str:
     """What a step takes that was compiled for the devices here: a line for the log."""
     held = cost.gib(bytes_needed(compiled.memory_analysis()))
     where = f", frozen weights {frozen_on(mesh)}" if mesh.size > 1 else ""
     return (
         f"{flops / cost.TERA:.3g} TFLOP, {held} on each of {mesh.size} devices{where}, "
-        f"backward recomputes {recompute}"
+        f"backward recomputes {remat}"
     )
 
 
@@ -282,7 +282,7 @@ class SliceProgram(NamedTuple):
 
     devices: list[jax.Device]
     mesh: Mesh
-    recompute: sharding.Recompute
+    remat: sharding.Remat
     seconds: float  # that compiling took
     program: Program
     parts: dict[str, float]  # FLOPs of one clip, by hand
@@ -296,14 +296,14 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     """
     jax.config.update("jax_platforms", "cpu")  # where the compiler runs
     devices = slice_of(config.compile_only)
-    grids = sharding.grids(config.batch_size, config.fsdp, devices)
-    asr = connector.hearing(cost.sizes_of(whisper.WhisperConfig, config.whisper), config.window)
+    grids = sharding.candidate_meshes(config.batch_size, config.fsdp, devices)
+    asr = connector.with_window(cost.sizes_of(whisper.WhisperConfig, config.whisper), config.window)
     llm = cost.sizes_of(llama.LlamaConfig, config.llm)
     inputs = functools.partial(abstract_inputs, config, asr=asr, llm=llm)
     room = cost.CHIPS[devices[0].device_kind].memory
     print(f"compiling for {config.compile_only}: this takes minutes", flush=True)
     began = time.perf_counter()
-    compiled, recompute, mesh = compile_step(config, grids, room, inputs)
+    compiled, remat, mesh = compile_step(config, grids, room, inputs)
     seconds = time.perf_counter() - began
     batch = inputs(mesh)[1]
     queries = config.queries or asr.max_target_positions
@@ -315,7 +315,7 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     )
     padding = parts["teacher"] - short["teacher"]
     program = Program(compiled, len(devices))
-    return SliceProgram(devices, mesh, recompute, seconds, program, parts, padding)
+    return SliceProgram(devices, mesh, remat, seconds, program, parts, padding)
 
 
 def slice_report(config: Any, found: SliceProgram) -> str:
@@ -325,7 +325,7 @@ def slice_report(config: Any, found: SliceProgram) -> str:
     return (
         f"{config.preset} on {config.compile_only}: {mesh.size} x {kind}, mesh {grid}, "
         f"{config.batch_size} clips\n"
-        f"frozen weights {frozen_on(mesh)}, backward recomputes {found.recompute}; "
+        f"frozen weights {frozen_on(mesh)}, backward recomputes {found.remat}; "
         f"compiled in {found.seconds:.0f} s\n\n"
         + report(
             *(found.program, found.parts, found.padding),

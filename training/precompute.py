@@ -65,7 +65,7 @@ def keep(
             rows, ahead = ahead.get(), read(first + size)  # while the devices compute
             rows += rows[-1:] * (size - len(rows))  # the last batch is filled up
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            said = _say(diva, sharding.to_devices(batch, mesh), template)
+            said = _say(diva, sharding.shard_host_batch(batch, mesh), template)
             kept.append((*jax.device_get(said), batch["weights"]))
     audio, taught, weights = (np.concatenate(part)[:clips] for part in zip(*kept, strict=True))
     size = (audio.nbytes + taught.nbytes) / 1e6
@@ -77,7 +77,7 @@ def keep(
     return {"audio": audio, "taught": taught, "weights": weights}
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @jax.jit
 def _say(
     diva: connector.DiVA, batch: dict[str, Array], template: tuple[Any, Any, Any]
@@ -89,4 +89,4 @@ def _say(
     turn = batch["ids"], batch["lengths"], prefix, suffix, fed, pads
     text, first = connector.text_turn(*turn)
     hidden = diva.llm(diva.llm.embed(text), before=before)
-    return diva.listen(batch["audio"]), connector.states_from(hidden, first, fed.shape[1] + 1)
+    return diva.encode(batch["audio"]), connector.take_states(hidden, first, fed.shape[1] + 1)

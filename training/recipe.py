@@ -73,7 +73,7 @@ class Config(Recipe):
     fsdp: int | None = None
     # What the backward pass computes again to save memory (rematerialisation): attention (about
     # 1 % of the work) or whole layers (about a third more); auto: attention if that fits.
-    recompute: Literal["auto", "attention", "layers"] = "auto"
+    remat: Literal["auto", "attention", "layers"] = "auto"
     # Clips that a device takes at a time (gradient accumulation): the gradients of a step's parts
     # add up to those of its whole batch; None: all at once.
     micro_batch: int | None = None

@@ -350,7 +350,7 @@ def claim_run(out: epath.Path, recipe: dict, clips: dict, turn: dict) -> dict[st
 
 def claim_everywhere(file: epath.Path, ours: dict[str, Any], keep: bool = False) -> dict[str, Any]:
     """`claim`, by process 0 for all: what it says or raises, all of them do."""
-    found = sharding.from_first(lambda: claim(file, ours, keep))
+    found = sharding.from_process_0(lambda: claim(file, ours, keep))
     if not file.exists():
         raise ValueError(
             f"{file}: process {jax.process_index()} does not see what process 0 has written there; "

@@ -40,7 +40,7 @@ def claim(config: Config) -> Claim:
     clips = data.read_clips(config.data, config.split, config.text_column)
     others = data.read_clips(*where, config.text_column) if config.watch else []
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
-    asr = connector.hearing(asr, config.window)
+    asr = connector.with_window(asr, config.window)
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
     connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
     chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions

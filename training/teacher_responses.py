@@ -145,7 +145,7 @@ def _ask_all(
         part = unique[first : first + PART]
         key = json.dumps([name, stop_ids, most, part]).encode()
         file = out / "answers" / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
-        if sharding.from_first(file.is_file):
+        if sharding.from_process_0(file.is_file):
             answers = files.read_json(file)["answers"]
         else:
             answers = _ask_some(llm, part, stop_ids, most, longest, mesh)
@@ -182,14 +182,14 @@ def _ask_some(
     for first in range(0, len(padded), size):
         own = first + jax.process_index() * mine
         rows = {"ids": padded[own : own + mine], "lengths": lengths[own : own + mine]}
-        rows = sharding.to_devices(rows, mesh)
+        rows = sharding.shard_host_batch(rows, mesh)
         tokens = _answer(llm, rows["ids"], rows["lengths"], most, stop_ids)
-        answers += np.asarray(sharding.on_host(tokens)).tolist()
+        answers += np.asarray(sharding.gather_to_host(tokens)).tolist()
     ends = ((*row, stop_ids[0]).index(stop_ids[0]) + 1 for row in answers)
     return [row[:end] for row, end in zip(answers[: len(part)], ends, strict=False)]
 
 
-@sharding.on_mesh
+@sharding.use_model_mesh
 @functools.partial(jax.jit, static_argnames=("most", "stop_ids"))
 def _answer(
     llm: llama.Llama,

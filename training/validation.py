@@ -34,8 +34,8 @@ def mean_embedding(llm: llama.Llama, corpus: data.Corpus, mesh: Mesh) -> float:
     ids, counts = np.unique(np.concatenate(corpus.ids), return_counts=True)
 
     def alignment(table: Array) -> Array:
-        found, share = distill_loss.wide(table[ids]), counts / counts.sum()
-        return share @ distill_loss.length(found - share @ found)
+        found, share = distill_loss.as_float32(table[ids]), counts / counts.sum()
+        return share @ distill_loss.l2_norm(found - share @ found)
 
     whole = NamedSharding(mesh, P())
     return float(jax.jit(alignment, out_shardings=whole)(llm.model.embed_tokens.weight))
@@ -52,12 +52,12 @@ def batch(corpus: data.Corpus, mesh: Mesh) -> dict[str, Array]:
     """All of its clips on the devices; some twice where they cannot be shared equally."""
     size = mesh.size * math.ceil(len(corpus.ids) / mesh.size)
     rows = data.batches(corpus, batch_size=size, seed=0, **sharding.process())
-    return sharding.to_devices(next(rows), mesh)
+    return sharding.shard_host_batch(next(rows), mesh)
 
 
 def scores(
     llm: llama.Llama,
-    out: connector.Pass,
+    out: connector.DiVAOutput,
     by_state: Float[Array, "B K"],
     ids: Int[Array, "B L"],
     lengths: Int[Array, "B"],
@@ -67,5 +67,5 @@ def scores(
     virtual tokens to which their own word is the nearest."""
     kl = distill_loss.response("kl", out.student, out.teacher, by_state, llm.output_matrix, None)
     aligned, real = distill_loss.last_tokens(out.virtual, lengths, ids.shape[1])
-    right = (connector.heard(llm, aligned) == ids).astype(jnp.float32)
+    right = (connector.nearest_token_ids(llm, aligned) == ids).astype(jnp.float32)
     return {"kl": kl, "heard": distill_loss.weighted_mean(right, real * weights[:, None])}

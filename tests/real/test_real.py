@@ -86,7 +86,7 @@ def test_whisper_hears_what_transformers_hears(clips, name):
     asked = {} if name.endswith(".en") else {"language": "en", "task": "transcribe"}
     with torch.no_grad():
         wrote = theirs.generate(features, num_beams=1, do_sample=False, **asked).numpy()
-    tokens = np.asarray(generate.greedy(ours.model, jnp.asarray(audio), **ours.rules))
+    tokens = np.asarray(generate.greedy_decode(ours.model, jnp.asarray(audio), **ours.rules))
     rules = {*ours.rules["forced"], ours.model.config.eos_token_id}
     words = [[[t for t in row if t not in rules] for row in x.tolist()] for x in (tokens, wrote)]
     assert words[0] == words[1]

@@ -280,43 +280,43 @@ class Layer(eqx.Module):
         return x + heard.reshape(x.shape) @ self.out.T
 
 
-def stack_gradient(recompute):
+def stack_gradient(remat):
     """(function, its arguments): the gradient of a stack for its weights and its clips."""
     rng = np.random.default_rng(0)
     shapes = [(N, rows, D) for rows in (D, G * K, G * K, D)] + [(B, T, D)]
     *matrices, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
     def loss(layers, x):
-        return jnp.square(sharding.run_layers(layers, x, Layer.__call__, recompute)).sum()
+        return jnp.square(sharding.run_layers(layers, x, Layer.__call__, remat)).sum()
 
     return jax.grad(loss, argnums=(0, 1)), (Layer(*matrices), x)
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("recompute", ["attention", "layers"])
-def test_attention_takes_two_products_forward_and_five_backward(recompute, split, monkeypatch):
+@pytest.mark.parametrize("remat", ["attention", "layers"])
+def test_attention_takes_two_products_forward_and_five_backward(remat, split, monkeypatch):
     """In all by the policy "attention", which runs the forward loop once: what it leaves is enough.
     By "layers" both of its products and the three projections before them are done again."""
     monkeypatch.setattr(attention, "CACHED", 0)
     mesh = sharding.make_mesh(B) if split else None
-    function, (layers, x) = stack_gradient(recompute)
+    function, (layers, x) = stack_gradient(remat)
     compiled = inside(mesh, function).lower(layers, share_out(mesh, x)).compile()
     wide, narrow = (2 * B * T * D * width for width in (D, G * K))
     by_hand = 7 * product(B, H, T, K) + 3 * (2 * wide + 2 * narrow)
-    if recompute == "layers":
+    if remat == "layers":
         by_hand += 2 * product(B, H, T, K) + wide + 2 * narrow
     devices = 8 if split else 1
     assert hlo.Program(compiled, devices).flops == N * by_hand / devices
 
 
-@pytest.mark.parametrize("recompute", ["attention", "layers"])
-def test_no_scores_are_kept(recompute, monkeypatch):
+@pytest.mark.parametrize("remat", ["attention", "layers"])
+def test_no_scores_are_kept(remat, monkeypatch):
     """Forward and backward no array is larger than the scores of one key/value head of one clip,
     and the compiled program has no room for the scores of all."""
     one, every = (H // G) * T * T, B * H * T * T
 
     def measure():
-        function, arguments = stack_gradient(recompute)
+        function, arguments = stack_gradient(remat)
         compiled = jax.jit(function).lower(*arguments).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes
         made = equations(jax.make_jaxpr(function)(*arguments).jaxpr)

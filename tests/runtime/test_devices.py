@@ -33,7 +33,7 @@ B, L = 8, 40
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> Iterator[None]:
     """Arrays of a layer are large enough to be split; norms are not."""
-    monkeypatch.setattr(sharding, "SMALL", 256)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 256)
     with universe.compiled_fast():
         yield
 
@@ -41,7 +41,7 @@ def small(monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def room(monkeypatch):
     """room(bytes): so much memory has each of the eight."""
-    return lambda size: monkeypatch.setattr(sharding, "room_here", lambda: float(size))
+    return lambda size: monkeypatch.setattr(sharding, "device_memory_bytes", lambda: float(size))
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def model(kind, config):
 
 def spread(tree, parts: int):
     """Copied to eight devices (1), or split over them (8)."""
-    return sharding.place(tree, sharding.make_mesh(8, parts))
+    return sharding.shard_params(tree, sharding.make_mesh(8, parts))
 
 
 def moved(compiled) -> int:
@@ -65,7 +65,7 @@ def moved(compiled) -> int:
 
 
 def lowered(function, tree, *args, **kwargs):
-    """`function` (of sharding.on_mesh), compiled for arrays that are spread."""
+    """`function` (of sharding.use_model_mesh), compiled for arrays that are spread."""
     mesh = jax.tree.leaves(tree)[0].sharding.mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return function.__wrapped__.lower(tree, *args, **kwargs).compile()
@@ -124,8 +124,8 @@ def test_transcripts_on_eight_devices_are_those_on_one(parts, rows):
     asr = model(whisper.Whisper, WHISPER)
     audio = jax.random.normal(jax.random.key(0), (rows, WHISPER.window_samples)) * 0.1
     how = {"forced": (1, 5), "suppress": (7,), "begin_suppress": (2,), "max_length": 20}
-    alone = generate.greedy(asr, audio, **how)
-    np.testing.assert_array_equal(generate.greedy(spread(asr, parts), audio, **how), alone)
+    alone = generate.greedy_decode(asr, audio, **how)
+    np.testing.assert_array_equal(generate.greedy_decode(spread(asr, parts), audio, **how), alone)
     assert len({*np.asarray(alone).ravel().tolist()}) > 4
 
 
@@ -142,7 +142,7 @@ def test_of_a_split_llm_no_device_holds_the_table_or_two_layers():
     hidden, cache = generate._prefill(llm, llm.embed(ids), lengths, 12)
     assert {shard.data.shape[0] for shard in cache[0].addressable_shards} == {B // 8}
     how = (lengths, 0, jax.random.key(0), 0.0, 1.0)
-    step = lowered(generate._next, llm, hidden, cache, *how)
+    step = lowered(generate.decode_one_token, llm, hidden, cache, *how)
     assert moved(step) == B * 64 < table / 8
     for program in (prefill, step):
         memory, held = program.memory_analysis(), sum(x.nbytes for x in cache) / 8
@@ -155,7 +155,7 @@ def test_of_a_split_whisper_no_device_holds_the_table_or_two_layers():
     asr = spread(model(whisper.Whisper, WHISPER), 8)
     audio = jnp.zeros((B, WHISPER.window_samples))
     how = {"forced": (1, 5), "suppress": (7,), "begin_suppress": (2,), "max_length": 20}
-    program = lowered(generate.greedy, asr, audio, **how)
+    program = lowered(generate.greedy_decode, asr, audio, **how)
     assert moved(program) == WHISPER.encoder_ffn_dim * 64 == 12_288 < WHISPER.vocab_size * 64
     whole = sum(x.nbytes for x in jax.tree.leaves(asr))
     assert program.memory_analysis().argument_size_in_bytes - audio.nbytes < whole / 6
@@ -165,9 +165,9 @@ def test_what_is_heard_is_looked_for_in_a_split_table_a_few_rows_at_a_time(monke
     monkeypatch.setattr(llama, "SOME", 100)
     llm = model(llama.Llama, LLAMA)
     virtual = 0.3 * jax.random.normal(jax.random.key(0), (B, 24, 64))
-    expected, many = connector.heard(llm, virtual), spread(llm, 8)
-    np.testing.assert_array_equal(connector.heard(many, virtual), expected)
-    assert moved(lowered(connector.heard, many, virtual).compiled) == 100 * 64
+    expected, many = connector.nearest_token_ids(llm, virtual), spread(llm, 8)
+    np.testing.assert_array_equal(connector.nearest_token_ids(many, virtual), expected)
+    assert moved(lowered(connector.nearest_token_ids, many, virtual).compiled) == 100 * 64
 
 
 # --------------------------------------------------------------------------------- the commands
@@ -235,13 +235,13 @@ def talk(root: Path) -> None:
 )
 def test_a_command_says_the_same_where_its_model_is_split(root, room, capsys, monkeypatch, main):
     """Times and probabilities aside."""
-    said, meshes, plain = [], [], sharding.place
+    said, meshes, plain = [], [], sharding.shard_params
 
     def place(tree, mesh):
         meshes.append(mesh)
         return plain(tree, mesh)
 
-    monkeypatch.setattr(sharding, "place", place)
+    monkeypatch.setattr(sharding, "shard_params", place)
     for size in (1e9, 1):
         room(size)
         main(root)

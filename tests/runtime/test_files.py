@@ -238,20 +238,26 @@ def test_what_macos_leaves_beside_files_is_not_listed(tmp_path):
 def test_a_recording_is_found_without_its_ending(tmp_path, ending):
     """As Common Voice 1 lists it; one that is called so keeps its name."""
     put(tmp_path / f"abc.0{ending}", b"x")
-    assert files.beside(tmp_path, "abc.0") == str(tmp_path / f"abc.0{ending}")
-    assert files.beside(tmp_path, "abc") == str(tmp_path / "abc"), "there is none"
+    assert files.resolve_audio_path(tmp_path, "abc.0") == str(tmp_path / f"abc.0{ending}")
+    assert files.resolve_audio_path(tmp_path, "abc") == str(tmp_path / "abc"), "there is none"
     put(tmp_path / "plain", b"x")
     put(tmp_path / f"plain{ending}", b"x")
-    assert files.beside(tmp_path, "plain") == str(tmp_path / "plain"), "that is the file"
-    assert files.beside(tmp_path, "abc.0.mp3") == str(tmp_path / "abc.0.mp3"), "it has one"
+    assert files.resolve_audio_path(tmp_path, "plain") == str(tmp_path / "plain"), (
+        "that is the file"
+    )
+    assert files.resolve_audio_path(tmp_path, "abc.0.mp3") == str(tmp_path / "abc.0.mp3"), (
+        "it has one"
+    )
 
 
 def test_the_separators_of_windows_are_understood(tmp_path):
     """Where the file is so; elsewhere a backslash is a letter of a name."""
     put(tmp_path / "clips/a.wav", b"x")
     put(tmp_path / "one\\two.wav", b"x")
-    assert files.beside(tmp_path / "lists", r"..\clips\a.wav") == str(tmp_path / "clips/a.wav")
-    assert files.beside(tmp_path, r"one\two.wav") == str(tmp_path / r"one\two.wav")
+    assert files.resolve_audio_path(tmp_path / "lists", r"..\clips\a.wav") == str(
+        tmp_path / "clips/a.wav"
+    )
+    assert files.resolve_audio_path(tmp_path, r"one\two.wav") == str(tmp_path / r"one\two.wav")
 
 
 def test_a_path_behind_a_link_is_what_the_operating_system_takes_it_for(tmp_path):
@@ -259,19 +265,21 @@ def test_a_path_behind_a_link_is_what_the_operating_system_takes_it_for(tmp_path
     put(tmp_path / "here/clips/a.wav", b"wrong")
     (tmp_path / "real/lists").mkdir()
     (tmp_path / "here/lists").symlink_to(tmp_path / "real/lists")
-    found = files.beside(tmp_path / "here/lists", "../clips/a.wav")
+    found = files.resolve_audio_path(tmp_path / "here/lists", "../clips/a.wav")
     assert found == str(tmp_path / "real/clips/a.wav")
     assert Path(found).read_bytes() == Path(tmp_path / "here/lists/../clips/a.wav").read_bytes()
-    assert files.beside(tmp_path / "real/lists", "../clips/a.wav") == found
+    assert files.resolve_audio_path(tmp_path / "real/lists", "../clips/a.wav") == found
     # what is no detour stays as it is called
     (tmp_path / "linked.wav").symlink_to(found)
-    assert files.beside(tmp_path / "here/lists", "b.wav") == str(tmp_path / "here/lists/b.wav")
-    assert files.beside(tmp_path, "linked.wav") == str(tmp_path / "linked.wav")
+    assert files.resolve_audio_path(tmp_path / "here/lists", "b.wav") == str(
+        tmp_path / "here/lists/b.wav"
+    )
+    assert files.resolve_audio_path(tmp_path, "linked.wav") == str(tmp_path / "linked.wav")
 
 
 def test_a_path_that_is_relative_stays_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "c/a.wav", b"x")
-    assert files.beside(Path(), "./c//a.wav") == os.path.join("c", "a.wav")
-    assert files.beside("lists", "../c/a.wav") == os.path.join("c", "a.wav")
-    assert files.beside("lists", "/c/a.wav") == "/c/a.wav"
+    assert files.resolve_audio_path(Path(), "./c//a.wav") == os.path.join("c", "a.wav")
+    assert files.resolve_audio_path("lists", "../c/a.wav") == os.path.join("c", "a.wav")
+    assert files.resolve_audio_path("lists", "/c/a.wav") == "/c/a.wav"

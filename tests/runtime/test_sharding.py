@@ -33,7 +33,7 @@ BY_CLIP = P(sharding.AXES)
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> None:
     """Arrays from D * WIDE elements on are split; the others are copied."""
-    monkeypatch.setattr(sharding, "SMALL", D * WIDE)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", D * WIDE)
 
 
 class Layer(eqx.Module):
@@ -104,7 +104,7 @@ def equations(jaxpr):
 def test_sharding_rules(monkeypatch):
     """Large arrays: split along the largest dividing axis, never along layers; small: copied. What
     is frozen over fsdp, what is trained over all devices."""
-    monkeypatch.setattr(sharding, "SMALL", 2**14)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**14)
     mesh = sharding.make_mesh(8, fsdp=4)
 
     class Layers(eqx.Module):
@@ -122,7 +122,7 @@ def test_sharding_rules(monkeypatch):
 
     layers = Layers(shape(1024, 64, 512), shape(32, 513, 128), shape(4096, 128))
     for over in (sharding.FROZEN, sharding.TRAINED):
-        where = sharding.shardings(Model(layers, shape(1001, 400), shape()), mesh, over)
+        where = sharding.param_shardings(Model(layers, shape(1001, 400), shape()), mesh, over)
         specs = jax.tree.map(lambda s: s.spec, where)
         assert specs.layers.wide == P(None, None, over)
         assert specs.layers.odd == P(None, None, over)
@@ -132,25 +132,32 @@ def test_sharding_rules(monkeypatch):
 
 def test_grids_go_from_whole_to_split_over_all(monkeypatch):
     """Every divisor, unless one is asked for. Many devices are replicas of what is trained."""
-    found = [grid.devices.shape for grid in sharding.grids(16)]
+    found = [grid.devices.shape for grid in sharding.candidate_meshes(16)]
     assert found == [(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
-    assert [grid.devices.shape for grid in sharding.grids(16, 4)] == [(1, 2, 4)]
-    monkeypatch.setattr(sharding, "NEAR", 3)
-    found = [grid.devices.shape for grid in sharding.grids(16)]
+    assert [grid.devices.shape for grid in sharding.candidate_meshes(16, 4)] == [(1, 2, 4)]
+    monkeypatch.setattr(sharding, "MAX_FSDP_DEVICES", 3)
+    found = [grid.devices.shape for grid in sharding.candidate_meshes(16)]
     assert found == [(4, 2, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8)]
     with pytest.raises(ValueError, match="--batch-size 12"):
-        sharding.grids(12)
+        sharding.candidate_meshes(12)
 
 
 def test_an_array_is_split_along_its_largest_dividing_axis_or_not_at_all():
-    assert sharding.SMALL == 2048
-    assert sharding.spec((64, 256), 8) == P(None, "fsdp")
-    assert sharding.spec((256, 64), 8) == P("fsdp")
-    assert sharding.spec((257, 64), 8) == P(None, "fsdp"), "257 does not divide"
-    assert sharding.spec((256, 64), 8, first=1) == P(None, "fsdp")
-    assert sharding.spec((257, 63), 8) == sharding.spec((256, 63), 8, first=1) == P()
-    assert sharding.spec((2048,), 8) == P("fsdp") and sharding.spec((2047,), 1) == P()
-    assert sharding.spec((), 1) == P()
+    assert sharding.MIN_SHARDED_SIZE == 2048
+    assert sharding.partition_spec((64, 256), 8) == P(None, "fsdp")
+    assert sharding.partition_spec((256, 64), 8) == P("fsdp")
+    assert sharding.partition_spec((257, 64), 8) == P(None, "fsdp"), "257 does not divide"
+    assert sharding.partition_spec((256, 64), 8, first=1) == P(None, "fsdp")
+    assert (
+        sharding.partition_spec((257, 63), 8)
+        == sharding.partition_spec((256, 63), 8, first=1)
+        == P()
+    )
+    assert (
+        sharding.partition_spec((2048,), 8) == P("fsdp")
+        and sharding.partition_spec((2047,), 1) == P()
+    )
+    assert sharding.partition_spec((), 1) == P()
 
 
 def test_lookup_tables_are_split_by_columns():
@@ -169,7 +176,7 @@ def test_lookup_tables_are_split_by_columns():
     )
     mesh = sharding.make_mesh(8)
     model = weights.abstract(whisper.Whisper.init, sizes, jax.random.key(0))
-    where = sharding.shardings(model, mesh)
+    where = sharding.param_shardings(model, mesh)
     for table in (
         where.encoder.embed_positions.weight,
         where.decoder.embed_positions.weight,
@@ -181,7 +188,7 @@ def test_lookup_tables_are_split_by_columns():
         assert stack.fc2.weight.spec == P(None, None, "fsdp")
     assert where.encoder.layer_norm.weight.spec == where.encoder.conv1.weight.spec == P()
     assert where.encoder.conv2.weight.spec == P("fsdp")
-    placed = sharding.place(model, mesh)
+    placed = sharding.shard_params(model, mesh)
     assert placed.decoder.embed_tokens.weight.sharding == where.decoder.embed_tokens.weight
     assert placed.decoder.embed_tokens.weight.sharding.shard_shape((4096, 64)) == (4096, 8)
 
@@ -200,13 +207,13 @@ def test_batch_that_devices_cannot_share_is_refused():
 @pytest.mark.parametrize(("fsdp", "near"), [(8, 16), (4, 16), (1, 4)])
 def test_gathered_is_whole_and_its_gradient_split(monkeypatch, fsdp, near):
     """The value is the array itself, on every device; the gradient lies where the array does."""
-    monkeypatch.setattr(sharding, "NEAR", near)
+    monkeypatch.setattr(sharding, "MAX_FSDP_DEVICES", near)
     mesh = sharding.make_mesh(B, fsdp)
     x, weight = random(B, D), random(D, WIDE, seed=1)
-    spec = sharding.spec(weight.shape, min(8, near), over=sharding.TRAINED)
+    spec = sharding.partition_spec(weight.shape, min(8, near), over=sharding.TRAINED)
     piece = jax.device_put(weight, NamedSharding(mesh, spec))
     clips = jax.device_put(x, NamedSharding(mesh, BY_CLIP))
-    whole = inside(mesh, sharding.gathered)(piece)
+    whole = inside(mesh, sharding.all_gather)(piece)
     assert whole.sharding.is_fully_replicated and not piece.sharding.is_fully_replicated
     np.testing.assert_array_equal(whole, weight)
 
@@ -214,7 +221,7 @@ def test_gathered_is_whole_and_its_gradient_split(monkeypatch, fsdp, near):
         return jnp.square(jnp.tanh(x @ whole(weight))).sum()
 
     expected = jax.grad(loss)(weight, x, lambda weight: weight)
-    split_loss = functools.partial(loss, whole=sharding.gathered)
+    split_loss = functools.partial(loss, whole=sharding.all_gather)
     gradient = inside(mesh, jax.grad(split_loss))(piece, clips)
     assert laid_out(gradient, mesh, spec)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)  # sums of 16 in f32
@@ -272,7 +279,7 @@ def plain_loop(lengths: tuple[int, ...]):
     return jax.jit(with_gradient(loop))(random_model(), xs)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "layers"])
+@pytest.mark.parametrize("remat", ["attention", "layers"])
 @pytest.mark.parametrize(
     ("fsdp", "lengths", "near"),
     [
@@ -282,18 +289,18 @@ def plain_loop(lengths: tuple[int, ...]):
         (2, (11, 5), 4),
     ],
 )
-def test_run_layers_is_a_loop_over_layers(monkeypatch, fsdp, recompute, lengths, near):
+def test_run_layers_is_a_loop_over_layers(monkeypatch, fsdp, remat, lengths, near):
     """Values and gradients are those of a plain Python loop, for one array and for two side by
     side; clips stay where they are, and gradients lie where the weights do."""
-    monkeypatch.setattr(sharding, "NEAR", near)
+    monkeypatch.setattr(sharding, "MAX_FSDP_DEVICES", near)
     (xs, body), model = clips(lengths), random_model()
     mesh = fsdp and sharding.make_mesh(B, fsdp)
     if mesh:
-        model = sharding.place(model, mesh, sharding.TRAINED)
+        model = sharding.shard_params(model, mesh, sharding.TRAINED)
         xs = jax.device_put(xs, NamedSharding(mesh, BY_CLIP))
 
     def stack(model, xs):
-        return sharding.run_layers(model.layers, xs, body, recompute)
+        return sharding.run_layers(model.layers, xs, body, remat)
 
     out, gradient = inside(mesh, with_gradient(stack))(model, xs)
     if mesh:
@@ -318,9 +325,9 @@ def test_clips_are_shared_out_where_they_come_in_one_piece():
     np.testing.assert_allclose(out, x * model.layers.scale.prod(0), rtol=1e-5)
 
 
-def gradient_jaxpr(recompute: str, dtype=jnp.float32):
+def gradient_jaxpr(remat: str, dtype=jnp.float32):
     def loss(model, x):
-        return sharding.run_layers(model.layers, x, Layer.__call__, recompute).sum()
+        return sharding.run_layers(model.layers, x, Layer.__call__, remat).sum()
 
     model, x = random_model(), random(B, 11, D).astype(dtype)
     return jax.make_jaxpr(jax.grad(loss))(model, x).jaxpr
@@ -333,22 +340,22 @@ def products(jaxpr) -> Counter:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "again"),
+    ("remat", "again"),
     [
         ("attention", {"attention": 2}),  # the outcomes of products with weights are kept
         ("layers", {"attention": 2, "weights": 1}),  # no gradient asks for the last outcome
     ],
 )
-def test_the_backward_pass_computes_again_what_it_is_asked_to(recompute, again):
+def test_the_backward_pass_computes_again_what_it_is_asked_to(remat, again):
     """Forward two products of each kind, backward two for each of them, and those done again."""
-    assert products(gradient_jaxpr(recompute)) == Counter(attention=6, weights=6) + Counter(again)
+    assert products(gradient_jaxpr(remat)) == Counter(attention=6, weights=6) + Counter(again)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "layers"])
-def test_nothing_gathered_is_kept_for_the_backward_pass(recompute):
+@pytest.mark.parametrize("remat", ["attention", "layers"])
+def test_nothing_gathered_is_kept_for_the_backward_pass(remat):
     """What the loops write for each layer: inputs and, if asked, products; never a weight."""
     loops = [
-        e for e in equations(gradient_jaxpr(recompute, jnp.bfloat16)) if "scan" in str(e.primitive)
+        e for e in equations(gradient_jaxpr(remat, jnp.bfloat16)) if "scan" in str(e.primitive)
     ]
     forward, backward = (  # what a loop writes for each layer has an axis more than in its body
         [
@@ -358,30 +365,28 @@ def test_nothing_gathered_is_kept_for_the_backward_pass(recompute):
         ]
         for loop in loops
     )
-    kept = {"inputs": (N, B, 11, D)} | (
-        {"up": (N, B, 11, WIDE)} if recompute == "attention" else {}
-    )
+    kept = {"inputs": (N, B, 11, D)} | ({"up": (N, B, 11, WIDE)} if remat == "attention" else {})
     assert Counter(kept.values()) == Counter(x.shape for x in forward)
     assert {x.dtype for x in forward} == {jnp.bfloat16.dtype}
     assert Counter(x.shape for x in backward) == Counter([(N, WIDE, D), (N, D, WIDE), (N, D)])
 
 
 @pytest.mark.parametrize(("fsdp", "near"), [(8, 16), (4, 16), (1, 16), (1, 4), (2, 4)])
-@pytest.mark.parametrize("recompute", ["attention", "layers"])
-def test_only_weights_travel_and_twice(monkeypatch, fsdp, near, recompute):
+@pytest.mark.parametrize("remat", ["attention", "layers"])
+def test_only_weights_travel_and_twice(monkeypatch, fsdp, near, remat):
     """In the compiled gradient: each trained layer's large arrays are gathered once forward, once
     backward, and so are a frozen one's, unless they are whole; no array of the size of anything
     computed from clips takes part in any collective, though all of those are smaller than the
     weights, and XLA left to itself would send them."""
-    monkeypatch.setattr(sharding, "NEAR", near)
+    monkeypatch.setattr(sharding, "MAX_FSDP_DEVICES", near)
     mesh = sharding.make_mesh(B, fsdp)
 
     def loss(trained, frozen, x):
-        x = sharding.run_layers(trained.layers, x, Layer.__call__, recompute)
-        return sharding.run_layers(frozen.layers, x, Layer.__call__, recompute).sum()
+        x = sharding.run_layers(trained.layers, x, Layer.__call__, remat)
+        return sharding.run_layers(frozen.layers, x, Layer.__call__, remat).sum()
 
-    trained = sharding.place(random_model(), mesh, sharding.TRAINED)
-    frozen = sharding.place(random_model(), mesh)
+    trained = sharding.shard_params(random_model(), mesh, sharding.TRAINED)
+    frozen = sharding.shard_params(random_model(), mesh)
     x = jax.device_put(random(B, 3, D), NamedSharding(mesh, BY_CLIP))
     compiled = inside(mesh, jax.grad(loss)).lower(trained, frozen, x).compile()
     ops = re.findall(
@@ -403,7 +408,7 @@ def test_only_weights_travel_and_twice(monkeypatch, fsdp, near, recompute):
 def test_large_arrays_travel_in_the_dtype_of_the_clips():
     """Half as many bytes in bfloat16; the small ones keep their own dtype."""
     layer = jax.tree.map(lambda x: x[0], random_model().layers)
-    gathered = sharding.gather(layer, jnp.bfloat16)
+    gathered = sharding.all_gather_params(layer, jnp.bfloat16)
     assert (gathered.up.dtype, gathered.scale.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(gathered.up, layer.up.astype(jnp.bfloat16))
 
@@ -413,13 +418,13 @@ def test_large_arrays_travel_in_the_dtype_of_the_clips():
 
 def test_one_process_makes_what_it_is_asked_and_its_exceptions_pass():
     value, error = {"any": object()}, KeyError("as it is")
-    assert sharding.from_first(lambda: value) is value
+    assert sharding.from_process_0(lambda: value) is value
 
     def fail():
         raise error
 
     with pytest.raises(KeyError) as caught:
-        sharding.from_first(fail)
+        sharding.from_process_0(fail)
     assert caught.value is error
 
 

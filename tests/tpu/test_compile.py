@@ -75,7 +75,7 @@ def test_the_published_step_on_the_published_slice():
     assert scheduled < alone - 0.005
     # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
     params = train.abstract_inputs(config, sharding.make_mesh(512), asr, llm)[0][0]
-    gathered = test_cost.bytes_gathered(params, sharding.SMALL, 2, "attention")
+    gathered = test_cost.bytes_gathered(params, sharding.MIN_SHARDED_SIZE, 2, "attention")
     gradients = 2 * test_cost.parameters(params)
     whole = {kind: float(rows[kind][1]) * 1e9 for kind in hlo.TRAVEL if kind in rows}
     assert whole.pop("all-gather") == pytest.approx(gathered, rel=0.01)
@@ -115,7 +115,7 @@ def test_two_compilers_move_the_same_numbers():
     same is gathered, goes from all to all and is summed, and the products are the same. The CPU
     moves bfloat16 as float32; and it sums at once what TPUs sum in a ring, of 9 sends of an
     eighth, while they multiply."""
-    flags = "--preset diva-8b --batch-size 128 --recompute layers --fsdp 8 --dtype bfloat16"
+    flags = "--preset diva-8b --batch-size 128 --remat layers --fsdp 8 --dtype bfloat16"
     config = recipe.parse(flags.split())
     asr, llm = cost.PUBLISHED[config.whisper], cost.PUBLISHED[config.llm]
 

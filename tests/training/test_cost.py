@@ -59,7 +59,7 @@ WAYS = ("attention", "layers")
 def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> dict:
     """Its shapes, with transcripts of TEXT."""
     shapes = data.batch_shapes(config.batch_size, asr.window_samples, TEXT)
-    return sharding.to_devices(shapes, mesh)
+    return sharding.shard_host_batch(shapes, mesh)
 
 
 def abstract_step(
@@ -135,13 +135,13 @@ def shared_products(llm: llama.LlamaConfig, way: str) -> float:
 def mel_products(asr: whisper.WhisperConfig) -> int:
     """FLOPs of the mel filters, which `cost.flops` leaves out (of 20 TFLOP of diva-8b 0.0002)."""
     frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
-    return 2 * frames * (whisper.FFT_SIZE // 2 + 1) * asr.num_mel_bins
+    return 2 * frames * (whisper.N_FFT // 2 + 1) * asr.num_mel_bins
 
 
 def spectrum_products(asr: whisper.WhisperConfig) -> int:
     """FLOPs of one clip's Fourier transforms, which TPUs do as three real products."""
     frames = asr.max_source_positions * whisper.FRAMES_PER_POSITION
-    return 3 * 2 * frames * whisper.FFT_SIZE**2
+    return 3 * 2 * frames * whisper.N_FFT**2
 
 
 @pytest.mark.parametrize("answer", [0, 5])
@@ -149,7 +149,7 @@ def spectrum_products(asr: whisper.WhisperConfig) -> int:
 @pytest.mark.parametrize("asr", [ASR, dataclasses.replace(ASR, d_model=48, decoder_layers=1)])
 def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, answer, monkeypatch):
     """Exactly: a walk through the traced gradient of the loss finds the products by hand, those
-    that `recompute` does again, and the mel filters; with an answer behind the turn too."""
+    that `remat` does again, and the mel filters; with an answer behind the turn too."""
     monkeypatch.setitem(globals(), "ASR", asr)
     config, (params, _, frozen), batch = abstract_step(2, 1)
     if answer:
@@ -662,23 +662,23 @@ def test_a_compiled_function_is_read_as_what_it_does():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The tiny step on eight devices, compiled for each way to recompute, and with frozen weights
+    """The tiny step on eight devices, compiled for each way to remat, and with frozen weights
     whole on each; and what it was made of.
 
     Compile fast, run never: XLA makes the same program and spends less on machine code.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
-    small, sharding.SMALL = sharding.SMALL, SMALL
+    small, sharding.MIN_SHARDED_SIZE = sharding.MIN_SHARDED_SIZE, SMALL
     jax.config.update("jax_disable_most_optimizations", True)
     programs = {}
     for name, way, fsdp in (("whole", "attention", 1), *((way, way, DEVICES) for way in WAYS)):
         config, state, batch = abstract_step(BATCH, DEVICES, fsdp)
         how = {"recipe": recipe.recipe_of(config), "mesh": sharding.make_mesh(BATCH, fsdp)}
-        step = train.train_step.lower(*state, batch, np.int32(0), **how, recompute=way)
+        step = train.train_step.lower(*state, batch, np.int32(0), **how, remat=way)
         programs[name] = step.compile()
     yield state, programs
     jax.config.update("jax_disable_most_optimizations", before)
-    sharding.SMALL = small
+    sharding.MIN_SHARDED_SIZE = small
 
 
 def bytes_gathered(diva, small: int, size: int, way: str) -> int:
@@ -747,11 +747,11 @@ def choose(monkeypatch, programs: dict, config: recipe.Config, room, state=((), 
     """train.compile_step, with what the compiler makes of each way given: a compiled program, or
     the message with which it refuses."""
 
-    def lower(*_, recompute, **__):
+    def lower(*_, remat, **__):
         def compile(options):
-            if isinstance(programs[recompute], str):
-                raise jax.errors.JaxRuntimeError(programs[recompute])
-            return programs[recompute]
+            if isinstance(programs[remat], str):
+                raise jax.errors.JaxRuntimeError(programs[remat])
+            return programs[remat]
 
         return types.SimpleNamespace(compile=compile)
 
@@ -774,7 +774,7 @@ def test_as_little_is_recomputed_as_fits(compiled, monkeypatch):
     assert needed["layers"] < needed["attention"]
     for room, way in ((needed["attention"], "attention"), (needed["attention"] - 1, "layers")):
         assert choose(monkeypatch, programs, auto, room) == (programs[way], way)
-    layers = dataclasses.replace(auto, recompute="layers")
+    layers = dataclasses.replace(auto, remat="layers")
     assert choose(monkeypatch, programs, layers, math.inf) == (programs["layers"], "layers")
 
 
@@ -797,15 +797,15 @@ def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, comp
     frozen = [jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)]
 
     def inputs(mesh):
-        return ((), (), sharding.place(frozen, mesh)), {}
+        return ((), (), sharding.shard_params(frozen, mesh)), {}
 
-    def lower(*state, recompute, mesh, **_):
-        tried.append((recompute, mesh.shape["fsdp"]))
-        size = {"attention": 6, "layers": 1}[recompute] * gib + compilation.bytes_held(inputs(mesh))
+    def lower(*state, remat, mesh, **_):
+        tried.append((remat, mesh.shape["fsdp"]))
+        size = {"attention": 6, "layers": 1}[remat] * gib + compilation.bytes_held(inputs(mesh))
         return types.SimpleNamespace(compile=lambda _: needing(it=size)["it"])
 
     monkeypatch.setattr(train, "train_step", types.SimpleNamespace(lower=lower))
-    given = wanted, sharding.grids(64), float(room * gib), inputs
+    given = wanted, sharding.candidate_meshes(64), float(room * gib), inputs
     if found is None:
         with pytest.raises(ValueError, match=r"needs 2\.00 GiB .* recomputing layers"):
             train.compile_step(*given)
@@ -818,7 +818,9 @@ def test_frozen_weights_are_whole_where_that_fits(monkeypatch, room, found, comp
 def test_what_does_not_fit_is_a_message(monkeypatch):
     """It names what is needed and what there is, and what would make it fit."""
     config, mesh, gib = recipe.Config(batch_size=64), sharding.make_mesh(64), 2**30
-    held = sharding.place([jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)], mesh)  # 1 GiB on each
+    held = sharding.shard_params(
+        [jax.ShapeDtypeStruct((4 * gib,), jnp.bfloat16)], mesh
+    )  # 1 GiB on each
     with pytest.raises(ValueError) as error:
         ways = needing(attention=9 * gib, layers=5 * gib)
         choose(monkeypatch, ways, config, 2 * gib, ((), (), held))
@@ -830,8 +832,8 @@ def test_what_does_not_fit_is_a_message(monkeypatch):
     # trained arrays: their gradients and the sums of them leave no room for a clip
     with pytest.raises(ValueError, match="fit: take more devices or a smaller preset"):
         choose(monkeypatch, ways, config, 2 * gib, (held, (), ()))
-    with pytest.raises(ValueError, match=r"needs 9\.00 GiB.*attention\).*might --recompute layers"):
-        attention = dataclasses.replace(config, recompute="attention")
+    with pytest.raises(ValueError, match=r"needs 9\.00 GiB.*attention\).*might --remat layers"):
+        attention = dataclasses.replace(config, remat="attention")
         choose(monkeypatch, ways, attention, 2 * gib, ((), (), held))
 
 
@@ -847,7 +849,7 @@ def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
         program, *_ = train.compile_step(some, [mesh], math.inf, lambda _, inputs=inputs: inputs)
         needed[size] = compilation.bytes_needed(program.memory_analysis())
     assert needed[BATCH // 4] < needed[BATCH // 2] < needed[None]
-    some = dataclasses.replace(config, recompute="attention")
+    some = dataclasses.replace(config, remat="attention")
     with pytest.raises(ValueError) as error:
         train.compile_step(some, [mesh], 0.9 * needed[None], lambda _: inputs)
     size = int(re.search(r"--micro-batch (\d+)", str(error.value))[1])
@@ -859,17 +861,17 @@ def test_a_micro_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match=r"--micro-batch 3: expected a divisor of the 8 clips of e"
     ):
-        compilation.at_once(config, sharding.make_mesh(64))
+        compilation.micro_batch_size(config, sharding.make_mesh(64))
     for size, found in ((None, None), (8, None), (16, None), (4, 4)):
         some = dataclasses.replace(config, micro_batch=size)
-        assert compilation.at_once(some, sharding.make_mesh(64)) == found
+        assert compilation.micro_batch_size(some, sharding.make_mesh(64)) == found
 
 
 @pytest.mark.parametrize("room", [2**28, 2**20])
 def test_what_no_batch_makes_fit_is_a_message(monkeypatch, room):
     """One clip on each device is too much, or the weights alone are: no batch size is named."""
     config, mesh = recipe.Config(batch_size=16), sharding.make_mesh(16)
-    held = sharding.place([jax.ShapeDtypeStruct((2**30,), jnp.bfloat16)], mesh)
+    held = sharding.shard_params([jax.ShapeDtypeStruct((2**30,), jnp.bfloat16)], mesh)
     with pytest.raises(ValueError) as error:
         ways = needing(attention=9 * 2**30, layers=2**29)
         choose(monkeypatch, ways, config, room, ((), (), held))
