@@ -2,7 +2,7 @@
 
     read_clips(path) -> [Clip]      what there is: names and transcripts, no audio yet
     prepare(clips)   -> Corpus      what can be used: tokenised, without what does not fit
-    batches(corpus)  -> {audio [B, S], ids [B, L], lengths [B], weights [B]}, forever
+    batches(corpus)  -> Batch(audio [B, S], transcript [B, L], lengths [B], ...), forever
 
 The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run
 which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in
@@ -24,13 +24,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import soundfile as sf
 import tyro
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 
 from formats import audio_files, parquet
 from formats.audio_files import SAMPLE_RATE
@@ -41,6 +41,19 @@ AHEAD = 4  # batches that are prepared before they are asked for
 TOKEN_MULTIPLE = 8  # the transcripts' padded length is rounded up to it
 
 log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """What one training step reads, all arrays of one batch. Fields that are None are absent."""
+
+    transcript: Int[Any, "B L"]  # token ids, padded with 0 on the right
+    lengths: Int[Any, "B"]  # how many of each row are real
+    weights: Float[Any, "B"]  # 0 for a clip that cannot be decoded
+    audio: Float[Any, "B S"] | None = None  # 16 kHz mono, padded with silence to the window
+    encoder_states: Float[Any, "B T D"] | None = None  # precomputed, instead of audio
+    teacher_states: Float[Any, "B K E"] | None = None  # precomputed
+    response: Int[Any, "B A"] | None = None  # the teacher's, without its last token; None: empty
+    response_lengths: Int[Any, "B"] | None = None  # states that predict each response; None: 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,8 +209,28 @@ class Corpus:
     wordless: int = 0  # left out: no token at all
     max_tokens: int = 0
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)  # file: reason
-    # What else a batch says of its clips, or instead of reading them: arrays [clips, ...] by name.
-    more: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # Fields of Batch that were computed before step 0: arrays [clips, ...] by their names.
+    precomputed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_response_tokens(self) -> int | None:
+        """A: response tokens that are fed for each clip; None if there are no responses."""
+        response = self.precomputed.get("response")
+        return None if response is None else response.shape[1]
+
+    def batch_shapes(self, batch_size: int) -> Batch:
+        """Shapes of the global batch that `batches` yields, all processes together."""
+        shapes = batch_shapes(
+            batch_size, max_length=self.max_length, window_samples=self.window_samples
+        )
+        if "encoder_states" in self.precomputed:
+            shapes = shapes._replace(audio=None)
+        return shapes._replace(
+            **{
+                name: jax.ShapeDtypeStruct((batch_size, *rows.shape[1:]), rows.dtype)
+                for name, rows in self.precomputed.items()
+            }
+        )
 
     def digest(self) -> dict[str, int]:
         """What tells this corpus from others: its size, and a checksum of names and transcripts."""
@@ -270,12 +303,11 @@ def batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
     """This process's rows of the batches from `start_step` on, endlessly, shuffled anew each epoch.
 
-    audio f32 [B, S], ids int32 [B, L] (0-padded), lengths int32 [B], weights f32 [B]: 0 for a clip
-    that cannot be decoded, which is then silence, named in the log once, and in corpus.undecodable.
-    Beside these, what of corpus.more is theirs.
+    A clip that cannot be decoded is silence of weight 0, named in the log once and listed in
+    corpus.undecodable. Fields in corpus.precomputed are taken from there.
     Raises ValueError if the processes cannot share the batch equally.
     """
     if batch_size % process_count:
@@ -284,49 +316,58 @@ def batches(
             f"expected a multiple of {process_count}."
         )
     rows = batch_size // process_count
-    import grain  # takes a second: only who trains waits for it
+    import grain  # importing it takes a second, which only training needs
 
     order = grain.MapDataset.range(len(corpus.clips)).seed(seed).shuffle().repeat()
-    mine = _Rows(order, batch_size, rows, process_index, start_step)
-    dataset = grain.MapDataset.source(mine).map(samples(corpus))
+    process_rows = _Rows(order, batch_size, rows, process_index, start_step)
+    dataset = grain.MapDataset.source(process_rows).map(samples(corpus))
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=AHEAD * rows)  # in clips
-    return iter(dataset.to_iter_dataset(options).batch(rows))
+    return (Batch(**fields) for fields in dataset.to_iter_dataset(options).batch(rows))
 
 
 def samples(corpus: Corpus) -> Callable[[int], dict[str, np.ndarray]]:
-    """Clip number -> its rows of a batch; audio is not read where corpus.more has it."""
+    """A function from a clip's number to the fields of its row in a Batch.
+
+    Audio is not decoded if the encoder states are precomputed.
+    """
     read = _reader(corpus)
 
     def load(index: int) -> dict[str, np.ndarray]:
-        row = corpus.ids[index]
+        tokens = corpus.ids[index]
         sample = {
-            "ids": np.pad(row, (0, corpus.max_length - len(row))),
-            "lengths": np.int32(len(row)),
+            "transcript": np.pad(tokens, (0, corpus.max_length - len(tokens))),
+            "lengths": np.int32(len(tokens)),
         }
-        if "audio" not in corpus.more:
-            sound, heard = read(index)
-            sample["audio"] = audio_files.pad([sound], corpus.window_samples)[0]
-            sample["weights"] = np.float32(heard)
-        return sample | {name: rows[index] for name, rows in corpus.more.items()}
+        if "encoder_states" not in corpus.precomputed:
+            audio, is_decoded = read(index)
+            sample["audio"] = audio_files.pad([audio], corpus.window_samples)[0]
+            sample["weights"] = np.float32(is_decoded)
+        return sample | {name: rows[index] for name, rows in corpus.precomputed.items()}
 
     return load
 
 
 def batch_shapes(
-    batch_size: int, window_samples: int, max_length: int, **more: tuple[tuple[int, ...], Any]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `batches` gives, all processes together; `more`: shape and dtype for each clip of what
-    corpus.more holds."""
-    shapes = {
-        "audio": ((window_samples,), np.float32),
-        "ids": ((max_length,), np.int32),
-        "lengths": ((), np.int32),
-        "weights": ((), np.float32),
-    } | more
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-        for name, (shape, dtype) in shapes.items()
-    }
+    batch_size: int,
+    *,
+    max_length: int,
+    window_samples: int,
+    num_response_tokens: int | None = None,
+) -> Batch:
+    """Shapes of a global batch of audio, with responses of so many fed tokens if not None."""
+
+    def shape(dtype: Any, *axes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *axes), dtype)
+
+    has_response = num_response_tokens is not None
+    return Batch(
+        transcript=shape(np.int32, max_length),
+        lengths=shape(np.int32),
+        weights=shape(np.float32),
+        audio=shape(np.float32, window_samples),
+        response=shape(np.int32, num_response_tokens) if has_response else None,
+        response_lengths=shape(np.int32) if has_response else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Assistant:
         toy = weights.resolve(llm_path).resolve() == (TOY / "llama").resolve()
         mesh = sharding.local_mesh(connector.templates(model, dtype))
         place = functools.partial(sharding.shard_params, mesh=mesh)
-        diva = connector.DiVA.load(model, dtype, place)
+        diva = connector.load(model, dtype, place)
         read = generate.Transcriber.load
         asr = functools.partial(read, asr_path, dtype=dtype, place=place, encoder=diva.encoder)
         return Assistant(diva, llama.Chat.load(llm_path), toy, functools.cache(asr))

@@ -48,10 +48,11 @@ import data
 import distill_loss
 import llama
 import whisper
+from data import Batch
 from runtime import cli, files, sharding
 from training import compilation, cost, precompute, record, teacher_responses, validation
 from training.recipe import Config, Recipe, parse, recipe_of, resume_command
-from training.setup import claim
+from training.setup import preflight
 
 # ---------------------------------------------------------------------------- the loss and the step
 
@@ -60,99 +61,137 @@ class Frozen(NamedTuple):
     """What the step reads and never changes."""
 
     diva: connector.DiVA  # encoder and LLM; None where the trained arrays belong
-    prefix: Int[Array, "*I P"]  # the chat template before the user's words, BOS included
-    suffix: Int[Array, "R"]  # the template behind them, up to where the response begins
-    pads: Int[Array, "I"] | None  # with --instructions: tokens of each prefix that are padding
+    template: teacher_responses.Template  # token ids around the user's words
     gram: Float[Array, "E E"] | None  # for --response-loss gram
 
 
-# In the order of the computation, so the first that is not finite is where the trouble began.
-PARTS = (
-    *("audio", "encoder states", "virtual tokens", "teacher's response state"),
-    *("student's response state", "alignment loss", "response loss", "gradient"),
+# In the order of the computation: the first that is not finite is where the fault began.
+STAGES = (
+    "audio",
+    "encoder states",
+    "virtual tokens",
+    "teacher's response state",
+    "student's response state",
+    "alignment loss",
+    "response loss",
+    "gradient",
 )
 
 
 def forward(
-    params: Any, frozen: Frozen, batch: dict[str, Array], remat: sharding.Remat = "layers"
-) -> tuple[connector.DiVAOutput, Float[Array, "B K"]]:
-    """What the student makes of a batch, and the teacher; and what each state of an answer counts:
-    where the response begins alone, or all that say the batch's answers, if it has any."""
-    prefix, pads = teacher_responses.own_prefix(frozen.prefix, frozen.pads, batch)
-    given = *(batch[name] for name in ("audio", "ids", "lengths")), prefix, frozen.suffix
-    known = batch.get("answers"), pads, batch.get("taught")
-    out = eqx.combine(params, frozen.diva)(*given, *known, remat)
-    counts = batch.get("states", jnp.ones_like(batch["lengths"]))
-    return out, distill_loss.response_weights(batch["weights"], counts, out.student.shape[1])
+    params: Any, frozen: Frozen, batch: Batch, remat: sharding.Remat = "layers"
+) -> connector.DiVAOutput:
+    """Run student and teacher on one batch, with its precomputed states where it has them."""
+    diva = eqx.combine(params, frozen.diva)
+    response = batch.transcript[:, :0] if batch.response is None else batch.response
+    return diva(
+        transcript=batch.transcript,
+        lengths=batch.lengths,
+        prefix=frozen.template.prefix,
+        suffix=frozen.template.suffix,
+        response=response,
+        audio=batch.audio,
+        encoder_states=batch.encoder_states,
+        teacher_states=batch.teacher_states,
+        remat=remat,
+    )
+
+
+def response_weights(batch: Batch, num_states: int) -> Float[Array, "B K"]:
+    """Each clip's weight, divided equally among the states of its response."""
+    lengths = batch.response_lengths
+    lengths = jnp.ones_like(batch.lengths) if lengths is None else lengths
+    return distill_loss.response_weights(batch.weights, lengths, num_states)
 
 
 def loss_fn(
     params: Any,
     frozen: Frozen,
-    batch: dict[str, Array],
+    batch: Batch,
     recipe: Recipe,
     remat: sharding.Remat = "layers",
-    share: tuple[Any, Any] = (1.0, 1.0),
-) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "parts"]]]:
-    """The two losses of the paper, weighted; with their parts, and what of PARTS is finite.
+    fraction: tuple[Any, Any] = (1.0, 1.0),
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], Bool[Array, "stages"]]]:
+    """The paper's two losses, weighted; and as aux the metrics and which STAGES are finite.
 
-    `share`: of a larger batch's positions and clips, if `batch` is a part of one.
+    `fraction`: of a micro-batch, its share of the batch's transcript tokens and of its clips.
     """
-    out, by_state = forward(params, frozen, batch, remat)
-    lengths, weight = batch["lengths"], batch["weights"]
-    alignment = distill_loss.token_alignment(out.virtual, out.targets, lengths, weight)
-    table = frozen.diva.llm.output_matrix
-    response = distill_loss.response(
-        *(recipe.response_loss, out.student, out.teacher, by_state, table, frozen.gram)
+    out = forward(params, frozen, batch, remat)
+    alignment = distill_loss.token_alignment(
+        virtual=out.virtual_tokens,
+        targets=out.transcript_embeds,
+        lengths=batch.lengths,
+        weights=batch.weights,
     )
-    alignment, response = share[0] * alignment, share[1] * response
+    response = distill_loss.response(
+        kind=recipe.response_loss,
+        student=out.student_states,
+        teacher=out.teacher_states,
+        weights=response_weights(batch, num_states=out.student_states.shape[1]),
+        output_matrix=frozen.diva.llm.output_matrix,
+        gram=frozen.gram,
+    )
+    alignment, response = fraction[0] * alignment, fraction[1] * response
     loss = recipe.align_weight * alignment + recipe.response_weight * response
-    parts = (batch["audio"], out.states, out.virtual, out.teacher, out.student, alignment, response)
-    finite = jnp.stack([jnp.isfinite(part).all() for part in parts])
+
+    stages = (
+        batch.encoder_states if batch.audio is None else batch.audio,
+        out.encoder_states,
+        out.virtual_tokens,
+        out.teacher_states,
+        out.student_states,
+        alignment,
+        response,
+    )
+    finite = jnp.stack([jnp.isfinite(stage).all() for stage in stages])
     return loss, ({"loss": loss, "alignment": alignment, "response": response}, finite)
 
 
 def gradients(
     params: Any,
     frozen: Frozen,
-    batch: dict[str, Array],
+    batch: Batch,
     recipe: Recipe,
     remat: sharding.Remat,
     micro_batch: int | None,
-) -> tuple[Any, tuple[dict[str, Array], Bool[Array, "parts"]]]:
-    """Gradient of `loss_fn`, and its aux; `micro_batch` clips of each device at a time, if given.
+) -> tuple[Any, tuple[dict[str, Array], Bool[Array, "stages"]]]:
+    """Gradient of `loss_fn`, and its aux; with gradient accumulation if `micro_batch` is given.
 
-    Alignment is a mean over positions, response one over clips: each part of a batch counts with
-    its share of them, so that the parts add up to the whole whatever their lengths and weights.
+    `micro_batch` is the clips per device in each part. Alignment is a mean over tokens, response
+    one over clips: each part is weighted by its share of them, so that the parts add up to the
+    whole batch whatever their lengths and weights.
     """
     gradient = functools.partial(jax.grad(loss_fn, has_aux=True), params, frozen)
     if micro_batch is None:
         return gradient(batch, recipe, remat)
 
-    def counts(batch: dict[str, Array]) -> tuple[Array, Array]:
-        return (batch["lengths"] * batch["weights"]).sum(), batch["weights"].sum()
+    def tokens_and_clips(batch: Batch) -> tuple[Array, Array]:
+        return (batch.lengths * batch.weights).sum(), batch.weights.sum()
 
-    whole = counts(batch)
+    total_tokens, total_clips = tokens_and_clips(batch)
 
-    def add(total: Any, part: dict[str, Array]) -> tuple[Any, None]:
-        shares = [n / jnp.maximum(of, 1) for n, of in zip(counts(part), whole, strict=True)]
-        grads, (metrics, finite) = gradient(part, recipe, remat, tuple(shares))
-        sums = jax.tree.map(jnp.add, total[:2], (grads, metrics))
-        return (*sums, total[2] & finite), None
+    def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
+        tokens, clips = tokens_and_clips(part)
+        fraction = tokens / jnp.maximum(total_tokens, 1), clips / jnp.maximum(total_clips, 1)
+        grads, (metrics, finite) = gradient(part, recipe, remat, fraction)
+        grads, metrics = jax.tree.map(jnp.add, sums[:2], (grads, metrics))
+        return (grads, metrics, sums[2] & finite), None
 
     parts = sharding.micro_batches(batch, micro_batch)
-    none = {name: jnp.zeros(()) for name in ("loss", "alignment", "response")}
-    start = jax.tree.map(jnp.zeros_like, params), none, jnp.ones(len(PARTS) - 1, bool)
-    grads, metrics, finite = jax.lax.scan(add, start, parts)[0]
+    zeros = {name: jnp.zeros(()) for name in ("loss", "alignment", "response")}
+    finite = jnp.ones(len(STAGES) - 1, bool)
+    start = (jax.tree.map(jnp.zeros_like, params), zeros, finite)
+    grads, metrics, finite = jax.lax.scan(accumulate, start, parts)[0]
     return grads, (metrics, finite)
 
 
 def learning_rate(recipe: Recipe, step: int | Array) -> Float[Array, ""]:
     """Linear warm-up to the peak, then half a cosine to 0 at the end of the run."""
-    rise = max(1, round(recipe.warmup * recipe.steps))
-    share = (step - rise) / max(1, recipe.steps - rise)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))
-    return recipe.learning_rate * jnp.where(step < rise, (step + 1) / rise, cosine)
+    warmup_steps = max(1, round(recipe.warmup * recipe.steps))
+    progress = (step - warmup_steps) / max(1, recipe.steps - warmup_steps)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    warmup = (step + 1) / warmup_steps
+    return recipe.learning_rate * jnp.where(step < warmup_steps, warmup, cosine)
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -171,7 +210,7 @@ def train_step(
     params: Any,
     opt_state: Any,
     frozen: Frozen,
-    batch: dict[str, Array],
+    batch: Batch,
     step: Int[Array, ""],
     *,
     recipe: Recipe,
@@ -180,35 +219,36 @@ def train_step(
     micro_batch: int | None = None,
 ):
     """One step: losses, gradient, update. Returns (params, opt_state, metrics)."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what sharding.constrain looks up
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # read by sharding.constrain
         grads, (metrics, finite) = gradients(params, frozen, batch, recipe, remat, micro_batch)
 
-    def split(tree: Any) -> Any:
-        where = sharding.param_shardings(tree, mesh, sharding.TRAINED)
-        return jax.lax.with_sharding_constraint(tree, where)
+    def shard(tree: Any) -> Any:
+        shardings = sharding.param_shardings(tree, mesh, sharding.TRAINED)
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
-    grads = split(grads)
+    grads = shard(grads)
     updates, opt_state = make_optimizer(recipe).update(grads, opt_state, params)
-    # Outputs live exactly where the inputs did: so the next step needs no second compilation.
-    params, opt_state = split(optax.apply_updates(params, updates)), split(opt_state)
+    # Outputs have exactly the shardings of the inputs, so that the next step does not recompile.
+    params = shard(optax.apply_updates(params, updates))
+    opt_state = shard(opt_state)
     grad_norm = optax.tree.norm(grads)
     metrics |= {
         "grad_norm": grad_norm,
         "lr": learning_rate(recipe, step),
-        "undecodable": jnp.sum(batch["weights"] == 0).astype(jnp.float32),
+        "undecodable": jnp.sum(batch.weights == 0).astype(jnp.float32),
         "finite": jnp.append(finite, jnp.isfinite(grad_norm)),
     }
     return params, opt_state, jax.lax.with_sharding_constraint(metrics, NamedSharding(mesh, P()))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def watch(params: Any, frozen: Frozen, batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
-    """The scores of clips that are not trained on."""
+def validate(params: Any, frozen: Frozen, batch: Batch, mesh: Mesh) -> dict[str, Array]:
+    """KL and nearest-token accuracy on held-out clips."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        out, by_state = forward(params, frozen, batch)
-        given = (batch[name] for name in ("ids", "lengths", "weights"))
-        found = validation.scores(frozen.diva.llm, out, by_state, *given)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+        out = forward(params, frozen, batch)
+        state_weights = response_weights(batch, num_states=out.student_states.shape[1])
+        scores = validation.scores(frozen.diva.llm, out, batch=batch, state_weights=state_weights)
+    return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, P()))
 
 
 # -------------------------------------------------------------------------------- before step 0
@@ -220,165 +260,246 @@ def with_dtype(config: Config, platform: str) -> Config:
     return dataclasses.replace(config, dtype=dtype)
 
 
-def state_of(config: Config, diva: connector.DiVA, turn: Any, mesh: Mesh) -> tuple:
-    """(trained arrays, optimizer state, Frozen), where they belong: arrays, or shapes if `diva` has
-    shapes. `turn`: prefix, suffix and pads of the template."""
+def place_state(
+    config: Config, diva: connector.DiVA, template: teacher_responses.Template, mesh: Mesh
+) -> tuple:
+    """(params, opt_state, Frozen) with their shardings: arrays, or shapes if `diva` has shapes."""
 
     def make(function: Any, x: Any, over: tuple[str, ...]) -> Any:
-        found = sharding.shard_params(jax.eval_shape(function, x), mesh, over)
+        shapes = sharding.shard_params(jax.eval_shape(function, x), mesh, over)
         if isinstance(jax.tree.leaves(x)[0], jax.ShapeDtypeStruct):
-            return found
-        return jax.jit(function, out_shardings=jax.tree.map(lambda s: s.sharding, found))(x)
+            return shapes
+        return jax.jit(function, out_shardings=jax.tree.map(lambda s: s.sharding, shapes))(x)
 
     params, frozen = eqx.partition(diva, connector.trainable(diva))
     params = sharding.shard_params(params, mesh, sharding.TRAINED)
-    opt_state, gram = make(make_optimizer(recipe_of(config)).init, params, sharding.TRAINED), None
+    opt_state = make(make_optimizer(recipe_of(config)).init, params, sharding.TRAINED)
+    gram = None
     if config.response_loss == "gram":
         gram = make(distill_loss.gram_matrix, frozen.llm.output_matrix, sharding.FROZEN)
-    return params, opt_state, sharding.shard_params(Frozen(frozen, *turn, gram), mesh)
+    return params, opt_state, sharding.shard_params(Frozen(frozen, template, gram), mesh)
 
 
-def start_state(config: Config, mesh: Mesh, turn: dict[str, list[int]]) -> tuple:
-    """The state before step 0, on the devices: weights loaded, connector and optimizer new."""
+def init_state(config: Config, mesh: Mesh, template: teacher_responses.Template) -> tuple:
+    """The training state before step 0: published weights, new connector and optimizer."""
 
-    def where(template: Any) -> Any:  # of a Whisper most is trained
-        frozen = isinstance(template, llama.Llama)
-        return sharding.shard_params(
-            template, mesh, sharding.FROZEN if frozen else sharding.TRAINED
-        )
+    def shard(tree: Any) -> Any:  # most of a Whisper is trained: its decoder
+        is_llm = isinstance(tree, llama.Llama)
+        return sharding.shard_params(tree, mesh, sharding.FROZEN if is_llm else sharding.TRAINED)
 
-    key, dtype = jax.random.key(config.seed), jnp.dtype(config.dtype)
-    models = (config.whisper, config.llm, config.queries)
-    diva = connector.DiVA.untrained(*models, key, dtype, where, config.window)
-    return state_of(config, diva, teacher_responses.template(turn), mesh)
+    diva = connector.load_untrained(
+        config.whisper,
+        config.llm,
+        num_queries=config.queries,
+        key=jax.random.key(config.seed),
+        dtype=jnp.dtype(config.dtype),
+        shard=shard,
+        window=config.window,
+    )
+    return place_state(config, diva, template, mesh)
 
 
 def abstract_inputs(
     config: Config,
     mesh: Mesh,
+    *,
     asr: whisper.WhisperConfig,
     llm: llama.LlamaConfig,
-    turn: Any = None,
-    text: int | None = None,
-    more: Any = None,
-) -> tuple[tuple, dict[str, Any]]:
-    """Shapes and shardings of `start_state` and of a batch, from the sizes of the models alone, and
-    where known, of the template, of the longest transcript and of what a batch has besides."""
-    diva = connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
-    sizes = (cost.PREFIX, cost.SUFFIX)
-    turn = turn or [*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes), None]
-    text = text or min(cost.TEXT, config.queries or asr.max_target_positions)
-    most, more = teacher_responses.limit(config.response_tokens), dict(more or {})
-    if most > 1:
-        more |= {"answers": ((most - 1,), np.int32), "states": ((), np.int32)}
-    batch = data.batch_shapes(config.batch_size, asr.window_samples, text, **more)
-    return state_of(config, diva, turn, mesh), sharding.shard_host_batch(batch, mesh)
+    template: teacher_responses.Template | None = None,
+    max_length: int | None = None,
+) -> tuple[tuple, Batch]:
+    """ShapeDtypeStructs (with shardings) of the training state and of a batch, computed from the
+    configs without loading weights. `template` and `max_length` default to typical sizes."""
+    diva = connector.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
+    if template is None:
+        template = teacher_responses.Template(
+            prefix=jax.ShapeDtypeStruct((cost.PREFIX,), jnp.int32),
+            suffix=jax.ShapeDtypeStruct((cost.SUFFIX,), jnp.int32),
+        )
+    max_length = max_length or min(cost.TEXT, config.queries or asr.max_target_positions)
+    max_response = teacher_responses.max_tokens(config.response_tokens)
+    batch = data.batch_shapes(
+        config.batch_size,
+        max_length=max_length,
+        window_samples=asr.window_samples,
+        num_response_tokens=max_response - 1 if max_response > 1 else None,
+    )
+    state = place_state(config, diva, template, mesh)
+    return state, sharding.shard_host_batch(batch, mesh)
 
 
 def compile_step(
-    config: Config, grids: list[Mesh], room: float, inputs: Callable[[Mesh], tuple[tuple, dict]]
+    config: Config,
+    meshes: list[Mesh],
+    memory_budget: float,
+    inputs: Callable[[Mesh], tuple[tuple, Batch]],
 ) -> tuple[Any, sharding.Remat, Mesh]:
-    """The step, compiled for `inputs`, the state and the batch on one of the `grids`, arrays or
-    shapes; what it recomputes; and the mesh, chosen by
-    `compilation.compile_first_that_fits`. Raises ValueError."""
+    """Compile the step for `inputs` (state and batch, arrays or shapes) on a mesh that it fits.
+
+    Returns the compiled step, what it recomputes, and its mesh, as chosen by
+    `compilation.compile_first_that_fits`. Raises ValueError.
+    """
     inputs = functools.cache(inputs)
 
     def lower(remat: sharding.Remat, mesh: Mesh) -> Any:
         state, batch = inputs(mesh)
-        static = {"recipe": recipe_of(config), "mesh": mesh, "remat": remat}
-        size = compilation.micro_batch_size(config, mesh)
-        return train_step.lower(*state, batch, np.int32(0), **static, micro_batch=size)
+        return train_step.lower(
+            *state,
+            batch,
+            np.int32(0),
+            recipe=recipe_of(config),
+            mesh=mesh,
+            remat=remat,
+            micro_batch=compilation.micro_batch_size(config, mesh),
+        )
 
-    return compilation.compile_first_that_fits(lower, config, grids, room, inputs)
+    return compilation.compile_first_that_fits(lower, config, meshes, memory_budget, inputs)
 
 
 def compile_for(config: Config) -> compilation.SliceProgram:
-    """The step for the slice of TPUs that --compile-only names. Raises ValueError."""
+    """The step for the TPU slice that --compile-only names. Raises ValueError."""
     return compilation.for_slice(with_dtype(config, "tpu"), abstract_inputs, compile_step)
 
 
-def choose(config: Config, grids: list[Mesh], shapes: Callable) -> tuple[Mesh, Config]:
-    """The grid that the step fits on, and what it recomputes there, before there are weights. Every
-    process compiles the same shapes for the same room, and so chooses the same."""
-    room = sharding.from_process_0(sharding.device_memory_bytes)
-    if len(grids) == 1 or room == math.inf:
-        return grids[0], config
-    _, remat, mesh = compile_step(config, grids, room, shapes)
+def choose_mesh(config: Config, meshes: list[Mesh], shapes: Callable) -> tuple[Mesh, Config]:
+    """The first mesh that the step fits on, and its rematerialisation, before weights are loaded.
+
+    Every process compiles the same shapes for the same memory, and so chooses the same.
+    """
+    memory_budget = sharding.from_process_0(sharding.device_memory_bytes)
+    if len(meshes) == 1 or memory_budget == math.inf:
+        return meshes[0], config
+    _, remat, mesh = compile_step(config, meshes, memory_budget, shapes)
     return mesh, dataclasses.replace(config, remat=remat)
 
 
-def start(
-    config: Config, grids: list[Mesh]
-) -> tuple[data.Corpus, tuple, Any, dict | None, float, Mesh]:
-    """All that a run needs: its clips, its state, the compiled step, a batch to be watched or None,
-    FLOPs of one clip, and the grid of devices."""
-    corpus, others, chat, turn, known, work_on = claim(config)
-    mesh, config = choose(config, grids, functools.partial(abstract_inputs, config, **known))
-    state = start_state(config, mesh, turn)
-    diva, *template, _ = state[2]
-    llm, most = diva.llm, teacher_responses.limit(config.response_tokens)
-    record.note_baseline(epath.Path(config.out), validation.mean_embedding(llm, corpus, mesh))
-    ask = functools.partial(teacher_responses.ask, llm, chat.stop_ids, turn, config, mesh)
-    if most > 1:
-        corpus.more |= ask(corpus, most)
-    watched = None
-    if others:
-        others.more |= ask(others, teacher_responses.MOST)
-        watched = validation.batch(others, mesh)
-    answer = corpus.more["answers"].shape[1] if "answers" in corpus.more else 0
-    parts = work_on(corpus.max_length, answer)
-    if precompute.wanted(config.frozen_states, diva, corpus):
-        corpus.more |= precompute.keep(diva, corpus, tuple(template), mesh)
-        parts = {name: flops for name, flops in parts.items() if name not in precompute.PARTS}
-    more, work = {k: (x.shape[1:], x.dtype) for k, x in corpus.more.items()}, sum(parts.values())
-    batch = data.batch_shapes(config.batch_size, corpus.window_samples, corpus.max_length, **more)
-    batch = sharding.shard_host_batch(batch, mesh)
-    began = time.perf_counter()
-    room, inputs = sharding.device_memory_bytes(), (state, batch)
-    compiled, remat, _ = compile_step(config, [mesh], room, lambda _: inputs)
-    seconds = time.perf_counter() - began
+class Run(NamedTuple):
+    """Everything that the training loop needs."""
+
+    corpus: data.Corpus
+    state: tuple  # params, opt_state, Frozen
+    train_step: Any  # compiled
+    validation_batch: Batch | None
+    flops_per_clip: float
+    mesh: Mesh
+
+
+def prepare_run(config: Config, meshes: list[Mesh]) -> Run:
+    """Validate, load, precompute and compile: everything before step 0."""
+    checked = preflight(config)
+    corpus, template = checked.corpus, checked.template
+    shapes = functools.partial(
+        abstract_inputs,
+        config,
+        asr=checked.asr,
+        llm=checked.llm,
+        template=template,
+        max_length=corpus.max_length,
+    )
+    mesh, config = choose_mesh(config, meshes, shapes)
+    state = init_state(config, mesh, template)
+    diva = state[2].diva
+    baseline = validation.mean_embedding_baseline(diva.llm, corpus, mesh)
+    record.note_baseline(epath.Path(config.out), baseline)
+
+    # The teacher's responses to the transcripts of both corpora.
+    respond = functools.partial(
+        teacher_responses.generate_responses,
+        diva.llm,
+        checked.chat.stop_ids,
+        template,
+        config=config,
+        mesh=mesh,
+    )
+    max_response = teacher_responses.max_tokens(config.response_tokens)
+    if max_response > 1:
+        corpus.precomputed |= respond(corpus=corpus, max_new_tokens=max_response)
+    validation_batch = None
+    if checked.validation:
+        responses = respond(
+            corpus=checked.validation, max_new_tokens=teacher_responses.MAX_RESPONSE
+        )
+        checked.validation.precomputed |= responses
+        validation_batch = validation.make_batch(checked.validation, mesh)
+
+    # Activations of the frozen models, and the FLOPs that are left for a step.
+    num_response_tokens = corpus.num_response_tokens
+    flops = checked.flops_by_stage(corpus.max_length, num_response_tokens or 0)
+    if precompute.should_precompute(config.precompute, diva, corpus):
+        corpus.precomputed |= precompute.precompute(diva, corpus, template, mesh)
+        flops = {stage: n for stage, n in flops.items() if stage not in precompute.STAGES}
+    flops_per_clip = sum(flops.values())
+
+    start_time = time.perf_counter()
+    batch = sharding.shard_host_batch(corpus.batch_shapes(config.batch_size), mesh)
+    memory_budget = sharding.device_memory_bytes()
+    compiled, remat, _ = compile_step(config, [mesh], memory_budget, lambda _: (state, batch))
+    seconds = time.perf_counter() - start_time
     if jax.process_index() == 0:
-        took = compilation.summary(compiled, remat, work * config.batch_size, mesh)
-        print(f"compiled the step in {seconds:.1f} s: {took}", flush=True)
-    return corpus, state, compiled, watched, work, mesh
+        summary = compilation.summary(compiled, remat, flops_per_clip * config.batch_size, mesh)
+        print(f"compiled the step in {seconds:.1f} s: {summary}", flush=True)
+    return Run(corpus, state, compiled, validation_batch, flops_per_clip, mesh)
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def train(config: Config, grids: list[Mesh]) -> tuple[int, str]:
-    """Train on from the newest checkpoint; export at the end. Returns the steps done, and what
-    asked to stop, if anything did."""
+def train(config: Config, meshes: list[Mesh]) -> tuple[int, str]:
+    """Train from the newest checkpoint to `config.steps`, and export the finished student.
+
+    Returns the number of steps done, and the name of the signal that asked to stop, if any.
+    """
+    run = prepare_run(config, meshes)
+    params, opt_state, frozen = run.state
     out = epath.Path(config.out)
-    corpus, (params, opt_state, frozen), compiled, watched, work, mesh = start(config, grids)
-    manager = record.open_checkpoints(config)
-    step = saved = first_step = manager.latest_step() or 0
-    if step:
-        params, opt_state = record.restore(manager, step, params, opt_state)
-        print(f"resuming {out} at step {step} of {config.steps}", flush=True)
-    order = {"batch_size": config.batch_size, "seed": config.seed, "start_step": step}
-    batches = data.batches(corpus, **order, **sharding.process())
-    log = record.Log(config, step, work, PARTS, corpus.undecodable)
-    with record.Stop() as stop, record.closing(log, manager):
-        while step < min(config.steps, config.until or config.steps) and not stop.before(step):
-            began = time.perf_counter()
-            batch = sharding.shard_host_batch(next(batches), mesh)
-            waited = time.perf_counter() - began
-            params, opt_state, metrics = compiled(params, opt_state, frozen, batch, np.int32(step))
-            if watched and (not step or (step + 1) % config.watch_every == 0):
-                metrics |= watch(params, frozen, watched, mesh)
-            log.read()  # step - 1, while the device is busy with this one
-            log.hold(step, metrics, waited)
+    checkpoints = record.open_checkpoints(config)
+
+    start_step = checkpoints.latest_step() or 0
+    if start_step:
+        params, opt_state = record.restore(checkpoints, start_step, params, opt_state)
+        print(f"resuming {out} at step {start_step} of {config.steps}", flush=True)
+
+    batches = data.batches(
+        run.corpus,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        **sharding.process(),
+    )
+    log = record.Log(config, start_step, run.flops_per_clip, STAGES, run.corpus.undecodable)
+    step = saved_step = start_step
+    end_step = min(config.steps, config.until or config.steps)
+
+    with record.Stop() as stop, record.closing(log, checkpoints):
+        while step < end_step and not stop.before(step):
+            fetch_start = time.perf_counter()
+            batch = sharding.shard_host_batch(next(batches), run.mesh)
+            data_wait = time.perf_counter() - fetch_start
+
+            # Dispatches the step and returns at once: the device computes while the host goes on.
+            params, opt_state, metrics = run.train_step(
+                params, opt_state, frozen, batch, np.int32(step)
+            )
+            is_validated = step == 0 or (step + 1) % config.validation_every == 0
+            if run.validation_batch and is_validated:
+                metrics |= validate(params, frozen, run.validation_batch, run.mesh)
+
+            log.read()  # the metrics of the previous step: reading this one's would stall
+            log.hold(step, metrics, data_wait)
             step += 1
-            if config.profile and step - first_step in (10, 13):
-                log.read()  # the steps before are done: the trace holds three whole ones
-                record.profile(out, step - first_step == 10)
+
+            if config.profile and step - start_step in (10, 13):
+                log.read()  # waits, so that the trace holds three whole steps
+                record.profile(out, step - start_step == 10)
             if step % config.save_every == 0:
-                log.settle()  # only a state known to be good is saved
-                record.save(manager, saved := step, params, opt_state)
+                log.settle()  # raises if the state is not finite: it is then not saved
+                record.save(checkpoints, step, params, opt_state)
+                saved_step = step
+
         log.settle()
-        if step > saved:
-            record.save(manager, step, params, opt_state)
+        if step > saved_step:
+            record.save(checkpoints, step, params, opt_state)
+
     if step == config.steps:
         export(config, eqx.combine(params, frozen.diva))
     return step, stop.asked
@@ -388,50 +509,52 @@ def export(config: Config, diva: connector.DiVA) -> None:
     """Write the finished student in the published layout, from process 0."""
     diva = eqx.tree_at(lambda d: d.connector, diva, sharding.gather_to_host(diva.connector))
     if jax.process_index() == 0:
-        save = functools.partial(diva.save, asr_path=config.whisper, llm_path=config.llm)
+        save = functools.partial(connector.save, diva, asr_path=config.whisper, llm_path=config.llm)
         record.export(epath.Path(config.out), save, ("config.json", "model.safetensors"))
 
 
 def run(config: Config) -> None:
-    """A whole run: train (on), export, plot, evaluate. What is done is not done again."""
-    from evaluation.tasks import read_tasks  # what is asked of a student is the next chapter's
+    """A whole run: train or resume, export, plot, evaluate. Finished parts are not repeated."""
+    from evaluation.tasks import read_tasks  # above: only a run that ends in an evaluation needs it
 
-    given, out = config, epath.Path(config.out)
+    original_config, out = config, epath.Path(config.out)
     if files.in_bucket(out):
         record.look_into(out)
     config = with_dtype(config, jax.default_backend())
-    grids = sharding.candidate_meshes(config.batch_size, config.fsdp)
-    if config.tasks:  # told now, not after a night of training
+    meshes = sharding.candidate_meshes(config.batch_size, config.fsdp)
+    if config.tasks:  # refuse wrong tasks now, not after hours of training
         sharding.from_process_0(lambda: len(read_tasks([config.tasks])))
+
     recipe = dataclasses.asdict(recipe_of(config))
-    finished = sharding.from_process_0(lambda: record.is_finished(out, recipe))
-    speaks = jax.process_index() == 0
-    if finished and speaks:
+    is_finished = sharding.from_process_0(lambda: record.is_finished(out, recipe))
+    is_main_process = jax.process_index() == 0
+    if is_finished and is_main_process:
         print(f"{out} is finished ({config.steps} steps); choose another --out to train anew")
-    if not finished:
-        steps, asked = train(config, grids)
+    if not is_finished:
+        steps, signal_name = train(config, meshes)
         if steps < config.steps:
-            if speaks:
-                why = f"stopped at step {steps} of {config.steps} ({asked or '--until'}); saved"
-                print(f"{why}. Go on with:\n  {resume_command(given)}", flush=True)
+            if is_main_process:
+                reason = signal_name or "--until"
+                print(f"stopped at step {steps} of {config.steps} ({reason}); saved. Resume with:")
+                print(f"  {resume_command(original_config)}", flush=True)
             return
-    show(config, out, speaks)
+    report(config, out, is_main_process)
 
 
-def show(config: Config, out: epath.Path, speaks: bool) -> None:
-    """What came out of a finished run, and what its student can do: all processes evaluate."""
-    import eval as evaluation  # what is compared, and how, is the next chapter
+def report(config: Config, out: epath.Path, is_main_process: bool) -> None:
+    """Plot the losses of a finished run and evaluate its student; all processes evaluate."""
+    import eval as evaluation  # above: see run
 
-    if speaks:
+    if is_main_process:
         curve = record.plot(out)
         print(f"student   {out / 'model.safetensors'}\nlosses    {curve}, {out / 'metrics.jsonl'}")
-    known = sharding.from_process_0((out / "eval.json").exists)
-    if known and speaks:
+    is_evaluated = sharding.from_process_0((out / "eval.json").exists)
+    if is_evaluated and is_main_process:
         print(evaluation.report.table(files.read_json(out / "eval.json")))
-    elif config.tasks and not known:
+    elif config.tasks and not is_evaluated:
         evaluation.evaluate(config.out, [config.tasks])
-    if speaks and not files.in_bucket(out):
-        print(f"hear as it does: python connector.py CLIP --model {out}")
+    if is_main_process and not files.in_bucket(out):
+        print(f"nearest tokens of a clip: python connector.py CLIP --model {out}")
 
 
 def main() -> None:

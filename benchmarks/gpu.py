@@ -111,8 +111,8 @@ def step(
                 raise
     rng = np.random.default_rng(0)
     clips = {
-        "audio": rng.normal(size=shapes["audio"].shape).astype(np.float32),
-        "ids": rng.integers(0, llm.vocab_size, shapes["ids"].shape).astype(np.int32),
+        "audio": rng.normal(size=shapes.audio.shape).astype(np.float32),
+        "ids": rng.integers(0, llm.vocab_size, shapes.transcript.shape).astype(np.int32),
         "lengths": np.full(size, cost.MEAN_TEXT, np.int32),
         "weights": np.ones(size, np.float32),
     }
@@ -126,7 +126,7 @@ def step(
         jax.block_until_ready(metrics)
         if number >= 0:
             times.append(time.perf_counter() - start)
-    given = asr.max_target_positions, cost.SUFFIX, shapes["ids"].shape[1]
+    given = asr.max_target_positions, cost.SUFFIX, shapes.transcript.shape[1]
     work = sum(cost.flops(asr, llm, *given, before=cost.PREFIX).values())
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {

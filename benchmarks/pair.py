@@ -35,8 +35,8 @@ ROWS = {  # name: digits
 @eqx.filter_jit
 def look(diva: connector.DiVA, batch: dict, prefix, suffix) -> dict[str, jax.Array]:
     """Of each clip: distance of its aligned tokens (a sum), of its states, KL, nearest tokens."""
-    out = diva(batch["audio"], batch["ids"], batch["lengths"], prefix, suffix)
-    aligned, real = distill_loss.last_tokens(out.virtual, batch["lengths"], batch["ids"].shape[1])
+    out = diva(batch.audio, batch.transcript, batch.lengths, prefix, suffix)
+    aligned, real = distill_loss.last_tokens(out.virtual, batch.lengths, batch.transcript.shape[1])
     student, teacher = out.student[:, 0], out.teacher[:, 0]
     return {
         "alignment": (distill_loss.l2_norm(aligned - out.targets) * real).sum(1),

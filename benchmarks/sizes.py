@@ -35,5 +35,5 @@ def write(folder: Path, asr_sizes: whisper.WhisperConfig, llm_sizes: llama.Llama
         weights.save(model, folder / kind, prefix)
         config = {"model_type": kind} | dataclasses.asdict(model.config)
         (folder / kind / "config.json").write_text(json.dumps(config))
-    diva = connector.DiVA.create(asr, llm, None, jax.random.key(2))
-    diva.save(folder / "diva", str(folder / "whisper"), str(folder / "llama"))
+    diva = connector.create(asr, llm, None, jax.random.key(2))
+    connector.save(diva, folder / "diva", str(folder / "whisper"), str(folder / "llama"))

@@ -37,7 +37,7 @@ AGREE = 1e-4  # relative, of a loss and of the gradient of a tensor
 def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> dict[str, np.ndarray]:
     """Noise, transcripts of random tokens (Common Voice's lengths), and the teacher's rows."""
     rng = np.random.default_rng(0)
-    diva = connector.DiVA.load(folder)
+    diva = connector.load(folder)
     queries, vocabulary = len(diva.connector.query_tokens), diva.llm.config.vocab_size
     longest = min(cost.TEXT, queries)
     lengths = rng.integers(1, min(2 * cost.MEAN_TEXT, longest), size)
@@ -48,7 +48,7 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
         "lengths": lengths.astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    words = (batch["ids"], batch["lengths"], prefix, suffix, batch["ids"][:, :0])
+    words = (batch.transcript, batch.lengths, prefix, suffix, batch.transcript[:, :0])
     text, last = connector.text_turn(*map(jnp.asarray, words))
     teacher = {"text": np.asarray(text), "last": np.asarray(last)}
     return batch | teacher | {"prefix": prefix, "suffix": suffix}
@@ -59,8 +59,8 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
 
 def state(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> tuple:
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
-    mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
-    diva = sharding.shard_params(connector.DiVA.load(folder), mesh)
+    mesh = sharding.make_mesh(len(batch.transcript), devices=jax.devices()[:1])
+    diva = sharding.shard_params(connector.load(folder), mesh)
     before = train.state_of(config, diva, (batch["prefix"], batch["suffix"], None), mesh)
     return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
 
@@ -73,7 +73,7 @@ def gradient(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) 
         of_loss = jax.jit(jax.grad(train.loss_fn, has_aux=True), static_argnums=3)
         grads, (metrics, _) = of_loss(params, frozen, batch, recipe.recipe_of(config))
         named = {}
-        for leaf, names, stacked in weights.names_of(grads.connector.published()):
+        for leaf, names, stacked in weights.names_of(connector.to_published(grads.connector)):
             named |= {n: np.asarray(leaf[i] if stacked else leaf) for i, n in enumerate(names)}
         return [float(metrics[name]) for name in ("alignment", "response")], named
 
@@ -130,7 +130,7 @@ def agreement(
 def flops(folder: Path, queries: int, batch: dict[str, np.ndarray]) -> float:
     """Of one step, by hand."""
     asr, (_, llm) = connector.encoder_config(folder), connector.references(folder)
-    size, text = batch["ids"].shape
+    size, text = batch.transcript.shape
     given = asr, cost.sizes_of(llama.LlamaConfig, llm), queries, len(batch["suffix"]), text
     return size * sum(cost.flops(*given, before=len(batch["prefix"])).values())
 

@@ -82,10 +82,10 @@ class Models:
         # there are two connectors
         mesh = sharding.local_mesh((*templates, templates[-1]), share=True)
         place = functools.partial(sharding.shard_params, mesh=mesh)
-        diva = connector.DiVA.load(folder, dtype, place)
+        diva = connector.load(folder, dtype, place)
         asr = generate.Transcriber.load(asr_path, "en", dtype, place, diva.encoder)
         queries = len(diva.connector.query_tokens)
-        fresh = connector.DiVA.create(asr.model, diva.llm, queries, jax.random.key(0)).connector
+        fresh = connector.create(asr.model, diva.llm, queries, jax.random.key(0)).connector
         # placed like the trained one: otherwise the same program would be compiled for each
         fresh = jax.tree.map(
             lambda x, like: jax.device_put(x.astype(dtype), like.sharding), fresh, diva.connector

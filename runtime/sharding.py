@@ -164,16 +164,17 @@ def shard_params_locally(template: Any) -> Any:
     return shard_params(template, local_mesh(template))
 
 
-def shard_host_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch become part of the global, split batch; shapes get places."""
-    where = NamedSharding(mesh, P(AXES))
+def shard_host_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """This process's rows of each array become part of the global, split array; shapes get their
+    shardings."""
+    rows = NamedSharding(mesh, P(AXES))
 
     def put(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        return jax.make_array_from_process_local_data(where, x)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        return jax.make_array_from_process_local_data(rows, x)
 
-    return {name: put(x) for name, x in batch.items()}
+    return jax.tree.map(put, batch)
 
 
 # ------------------------------------- inside the step, where use_abstract_mesh names the mesh
@@ -210,16 +211,16 @@ def shard_batch(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: constrain(x, P(AXES)), tree)
 
 
-def micro_batches(batch: dict[str, Array], size: int) -> dict[str, Array]:
-    """[B, ...] -> [parts, clips, ...]: `size` clips of every device in each part, none of which
-    moves."""
+def micro_batches(batch: PyTree, size: int) -> PyTree:
+    """[B, ...] -> [parts, clips, ...]: `size` clips of every device in each part; no clip moves to
+    another device."""
     devices = max(1, jax.sharding.get_abstract_mesh().size)
 
     def split(x: Array) -> Array:
         parts = x.reshape(devices, -1, size, *x.shape[1:]).swapaxes(0, 1)
         return constrain(parts.reshape(-1, devices * size, *x.shape[1:]), P(None, AXES))
 
-    return {name: split(x) for name, x in batch.items()}
+    return jax.tree.map(split, batch)
 
 
 def broadcast_to_param_shards(x: Array) -> Array:

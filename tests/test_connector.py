@@ -92,7 +92,7 @@ def llm() -> llama.Llama:
 @pytest.fixture(scope="module")
 def diva(asr, llm) -> connector.DiVA:
     """As if trained: the connector's own arrays are not those of its initialisation."""
-    fresh = connector.DiVA.create(asr, llm, None, jax.random.key(0))
+    fresh = connector.create(asr, llm, None, jax.random.key(0))
     return eqx.tree_at(lambda d: d.connector, fresh, checks.random_weights(fresh.connector, 2, 0.3))
 
 
@@ -127,7 +127,7 @@ speak = jax.jit(connector.Connector.__call__)
 @pytest.mark.parametrize("queries", [None, 5])
 def test_audio_becomes_a_fixed_number_of_vectors_as_wide_as_the_llm(asr, llm, audio, queries):
     """[B, S] -> [B, Q, E]; without a number as many queries as the decoder has positions."""
-    diva = connector.DiVA.create(asr, llm, queries, jax.random.key(0))
+    diva = connector.create(asr, llm, queries, jax.random.key(0))
     assert diva.window_samples == WINDOW
     assert virtual_tokens(diva, jnp.asarray(audio)).shape == (3, queries or Q, E)
 
@@ -136,7 +136,7 @@ def test_a_fresh_connector_holds_the_arrays_of_the_recognisers_decoder(asr, llm)
     """All of them, as float32 master weights even if the recogniser is kept in half precision; but
     its last norm, which keeps its direction and speaks at variance 1."""
     half = jax.tree.map(lambda x: x.astype(jnp.float16), asr)
-    diva = connector.DiVA.create(half, llm, None, jax.random.key(0))
+    diva = connector.create(half, llm, None, jax.random.key(0))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half.decoder)
     norm, theirs = diva.connector.decoder.layer_norm, wide.layer_norm
     assert float((norm.weight**2 + norm.bias**2).mean()) == pytest.approx(1, rel=1e-5)
@@ -153,7 +153,7 @@ def test_a_fresh_connector_holds_the_arrays_of_the_recognisers_decoder(asr, llm)
 def test_fresh_queries_and_projection_are_random_and_follow_the_key(asr, llm):
     """Queries of deviation 0.02 as in the authors' code, no bias, another key other numbers."""
     one, same, other = (
-        connector.DiVA.create(asr, llm, None, jax.random.key(key)).connector for key in (0, 0, 1)
+        connector.create(asr, llm, None, jax.random.key(key)).connector for key in (0, 0, 1)
     )
     assert_same(one, same)
     assert np.abs(one.query_tokens - other.query_tokens).min() > 0
@@ -178,7 +178,7 @@ def test_fresh_virtual_tokens_are_as_long_as_the_llms_token_embeddings(
     asr = eqx.tree_at(lambda m: m.decoder.layer_norm, asr, norm)
     table = loudness * jax.random.normal(jax.random.key(1), (20, 256))
     llm = eqx.tree_at(lambda m: m.model.embed_tokens.weight, llm, table)
-    fresh = connector.DiVA.create(asr, llm, None, jax.random.key(2)).connector
+    fresh = connector.create(asr, llm, None, jax.random.key(2)).connector
     virtual = speak(fresh, states)
     ratio = np.sqrt(np.square(virtual).mean() / np.square(table).mean())
     assert 1 / 1.2 < ratio < 1.2
@@ -187,7 +187,7 @@ def test_fresh_virtual_tokens_are_as_long_as_the_llms_token_embeddings(
 @pytest.mark.parametrize("queries", [0, -1, Q + 1])
 def test_a_number_of_queries_that_the_decoder_has_no_positions_for_is_refused(asr, llm, queries):
     with pytest.raises(ValueError, match=rf"queries: got {queries}; expected 1 to {Q}, the pos"):
-        connector.DiVA.create(asr, llm, queries, jax.random.key(0))
+        connector.create(asr, llm, queries, jax.random.key(0))
 
 
 # ------------------------------------------------------------------------------------ what is heard
@@ -356,7 +356,7 @@ def saved(tmp_path, asr, llm, diva) -> Path:
     """A folder with whisper/, llama/ and runs/diva/, which refers to the two."""
     root = tmp_path / "home"
     write_models(root, asr, llm)
-    diva.save(root / "runs/diva", str(root / "whisper"), str(root / "llama"))
+    connector.save(diva, root / "runs/diva", str(root / "whisper"), str(root / "llama"))
     return root
 
 
@@ -396,7 +396,7 @@ def test_the_projection_of_a_file_is_read_as_in_out(diva, states, saved):
     f32 sums of 16 products in another order: 1e-5.
     """
     tensors = load_file(saved / "runs/diva/model.safetensors")
-    module = connector.DiVA.load(saved / "runs/diva").connector
+    module = connector.load(saved / "runs/diva").connector
     queries = jnp.broadcast_to(tensors["query_tokens"], (3, Q, D))
     hidden = np.asarray(module.decoder(queries, states))
     expected = hidden @ tensors["projection.weight"] + tensors["projection.bias"]
@@ -413,13 +413,13 @@ def test_config_json_says_what_the_checkpoint_is(saved):
 
 def test_what_is_saved_is_what_is_loaded(saved, diva):
     """Bit for bit: connector, encoder and LLM."""
-    assert_same(connector.DiVA.load(saved / "runs/diva"), diva)
+    assert_same(connector.load(saved / "runs/diva"), diva)
 
 
 def test_fewer_queries_than_positions_are_saved_and_loaded(saved, asr, llm):
-    few = connector.DiVA.create(asr, llm, 3, jax.random.key(0))
-    few.save(saved / "few", str(saved / "whisper"), str(saved / "llama"))
-    loaded = connector.DiVA.load(saved / "few")
+    few = connector.create(asr, llm, 3, jax.random.key(0))
+    connector.save(few, saved / "few", str(saved / "whisper"), str(saved / "llama"))
+    loaded = connector.load(saved / "few")
     assert_same(loaded, few)
     assert loaded.connector.query_tokens.shape == (3, D)
 
@@ -428,21 +428,26 @@ def test_a_shorter_window_is_kept_with_what_was_trained_on_it(saved):
     """10 of 25 positions: 0.2 s; the first positions, and the model that is read back hears no
     more. What the export says is refused if the Whisper cannot hear so much."""
     paths = str(saved / "whisper"), str(saved / "llama")
-    short = connector.DiVA.untrained(*paths, None, jax.random.key(0), window=0.2)
+    short = connector.load_untrained(*paths, num_queries=None, key=jax.random.key(0), window=0.2)
     assert short.window_samples == 3200
-    whole = connector.DiVA.untrained(*paths, None, jax.random.key(0)).encoder.embed_positions
+    whole = connector.load_untrained(
+        *paths, num_queries=None, key=jax.random.key(0)
+    ).encoder.embed_positions
     np.testing.assert_array_equal(short.encoder.embed_positions.weight, whole.weight[:10])
-    short.save(saved / "short", *paths)
-    loaded = connector.DiVA.load(saved / "short")
+    connector.save(short, saved / "short", *paths)
+    loaded = connector.load(saved / "short")
     assert_same(loaded, short)
     assert loaded.virtual_tokens(jnp.zeros((1, 3200))).shape == (1, Q, E)
     file = saved / "short/config.json"
-    for positions, wrong in ((26, "a window of 0.52 s: expected more than 0 and at most 0.5 s"), (-1, "is -1")):
+    for positions, wrong in (
+        (26, "a window of 0.52 s: expected more than 0 and at most 0.5 s"),
+        (-1, "is -1"),
+    ):
         file.write_text(
             json.dumps(json.loads(file.read_text()) | {"max_source_positions": positions})
         )
         with pytest.raises(ValueError, match=wrong):
-            connector.DiVA.load(saved / "short")
+            connector.load(saved / "short")
 
 
 @pytest.mark.parametrize("window", [0.0, 0.001, -1.0, 0.52, 30.0])
@@ -456,14 +461,14 @@ def test_a_tree_that_is_copied_or_moved_still_finds_its_models(saved, diva, how,
     """References are relative to the checkpoint: not to the working directory, and not absolute."""
     how(saved, tmp_path / "elsewhere")
     shutil.rmtree(saved, ignore_errors=True)
-    assert_same(connector.DiVA.load(tmp_path / "elsewhere/runs/diva"), diva)
+    assert_same(connector.load(tmp_path / "elsewhere/runs/diva"), diva)
 
 
 def test_paths_given_from_the_working_directory_are_found_from_any(saved, diva, monkeypatch):
     monkeypatch.chdir(saved)
-    diva.save("other", "whisper", "llama")
+    connector.save(diva, "other", "whisper", "llama")
     monkeypatch.chdir(saved / "runs")
-    assert_same(connector.DiVA.load("../other"), diva)
+    assert_same(connector.load("../other"), diva)
 
 
 def test_a_checkpoint_folder_behind_a_link_finds_its_models(saved, diva, tmp_path, monkeypatch):
@@ -471,13 +476,15 @@ def test_a_checkpoint_folder_behind_a_link_finds_its_models(saved, diva, tmp_pat
     (tmp_path / "disk/deep").mkdir(parents=True)
     (saved / "scratch").symlink_to(tmp_path / "disk/deep")
     monkeypatch.chdir(saved)
-    diva.save("scratch/diva", "whisper", "llama")
-    assert_same(connector.DiVA.load("scratch/diva"), diva)
-    assert_same(connector.DiVA.load(tmp_path / "disk/deep/diva"), diva)
+    connector.save(diva, "scratch/diva", "whisper", "llama")
+    assert_same(connector.load("scratch/diva"), diva)
+    assert_same(connector.load(tmp_path / "disk/deep/diva"), diva)
 
 
 def test_a_model_that_is_no_folder_here_stays_the_repo_id_that_it_is(saved, diva):
-    diva.save(saved / "hub", "openai/whisper-large-v3", "meta-llama/Llama-3.2-1B-Instruct")
+    connector.save(
+        diva, saved / "hub", "openai/whisper-large-v3", "meta-llama/Llama-3.2-1B-Instruct"
+    )
     expected = ("openai/whisper-large-v3", "meta-llama/Llama-3.2-1B-Instruct")
     assert connector.references(saved / "hub") == expected
 
@@ -499,7 +506,7 @@ def test_a_published_file_with_the_frozen_models_inside_loads(saved, diva):
     config = json.loads(file.read_text())
     del config["queries"]
     file.write_text(json.dumps(config))
-    assert_same(connector.DiVA.load(saved / "runs/diva"), diva)
+    assert_same(connector.load(saved / "runs/diva"), diva)
 
 
 @pytest.mark.parametrize("absent", ["model-00004-of-00004.safetensors", "model.safetensors"])
@@ -514,7 +521,7 @@ def test_an_index_that_names_more_than_was_published_loads(saved, diva, absent):
     elsewhere += ["encoder.conv1.weight", "decoder.lm_head.weight"]
     index = dict.fromkeys(tensors, first) | dict.fromkeys(elsewhere, absent)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert_same(connector.DiVA.load(folder), diva)
+    assert_same(connector.load(folder), diva)
 
 
 def test_an_index_whose_needed_shard_is_absent_is_refused_by_name(saved):
@@ -524,14 +531,14 @@ def test_an_index_whose_needed_shard_is_absent_is_refused_by_name(saved):
     index["projection.bias"] = "model-00002-of-00004.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00004\.safetensors is missing"):
-        connector.DiVA.load(folder)
+        connector.load(folder)
 
 
 def test_any_other_extra_tensor_is_refused(saved):
     extra = {"connector.layers.0.encoder_attn.k_proj.bias": np.zeros(D, np.float32)}
     rewrite(saved / "runs/diva", lambda tensors: tensors | extra)
     with pytest.raises(ValueError, match=r"Unexpected: connector\.layers\.0\.encoder_attn\.k_proj"):
-        connector.DiVA.load(saved / "runs/diva")
+        connector.load(saved / "runs/diva")
 
 
 def test_a_model_loads_in_half_precision_and_computes_in_it(saved, diva, audio):
@@ -539,7 +546,7 @@ def test_a_model_loads_in_half_precision_and_computes_in_it(saved, diva, audio):
 
     bfloat16 keeps 8 bits: 0.4 % a rounding, a few dozen of them on the way, so 10 % of the rms.
     """
-    loaded = connector.DiVA.load(saved / "runs/diva", dtype=jnp.bfloat16)
+    loaded = connector.load(saved / "runs/diva", dtype=jnp.bfloat16)
     assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), diva))
     virtual = virtual_tokens(loaded, jnp.asarray(audio))
     assert virtual.dtype == jnp.bfloat16
@@ -550,7 +557,7 @@ def test_a_model_loads_in_half_precision_and_computes_in_it(saved, diva, audio):
 
 def test_a_file_in_half_precision_loads_as_float32(saved, diva):
     rewrite(saved / "runs/diva", lambda t: {k: v.astype(np.float16) for k, v in t.items()})
-    loaded = connector.DiVA.load(saved / "runs/diva").connector
+    loaded = connector.load(saved / "runs/diva").connector
     rounded = jax.tree.map(lambda x: x.astype(jnp.float16), diva.connector)
     assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
 
@@ -568,7 +575,7 @@ def test_a_config_without_references_is_refused(saved, key, value):
     file.write_text(json.dumps(config))
     message = rf"^{re.escape(str(file))}: no {key}; expected the folder or repo"
     with pytest.raises(ValueError, match=message):
-        connector.DiVA.load(saved / "runs/diva")
+        connector.load(saved / "runs/diva")
 
 
 @pytest.mark.parametrize("value", ["8", 0, 2.5, True], ids=repr)
@@ -577,7 +584,7 @@ def test_a_number_of_queries_that_is_none_is_refused_with_its_file(saved, value)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"queries": value}))
     message = rf"^{re.escape(str(file))}: queries is {value!r}; expected a whole number"
     with pytest.raises(ValueError, match=message):
-        connector.DiVA.published(file.parent)
+        connector.published(file.parent)
 
 
 def test_a_whisper_is_not_a_diva(saved):
@@ -589,7 +596,7 @@ def test_a_whisper_is_not_a_diva(saved):
 def test_a_missing_tensor_is_named(saved, name):
     rewrite(saved / "runs/diva", lambda t: {k: v for k, v in t.items() if k != name})
     with pytest.raises(ValueError, match=rf"runs/diva: .*Missing: {re.escape(name)}\."):
-        connector.DiVA.load(saved / "runs/diva")
+        connector.load(saved / "runs/diva")
 
 
 def test_a_projection_that_is_stored_the_other_way_round_is_refused(saved):
@@ -600,7 +607,7 @@ def test_a_projection_that_is_stored_the_other_way_round_is_refused(saved):
     )
     message = rf"projection.weight has shape \({E}, {D}\); expected \({D}, {E}\)"
     with pytest.raises(ValueError, match=message):
-        connector.DiVA.load(saved / "runs/diva")
+        connector.load(saved / "runs/diva")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -612,7 +619,7 @@ def test_main_prints_what_the_llm_hears_before_and_after_training(saved, diva, a
     soundfile.write(clip, audio[0, :5000], 16000, subtype="FLOAT")
     heard = jnp.pad(audio[:1, :5000], ((0, 0), (0, WINDOW - 5000)))
     asr = whisper.Whisper.load(saved / "whisper")
-    fresh = connector.DiVA.create(asr, diva.llm, Q, jax.random.key(0))
+    fresh = connector.create(asr, diva.llm, Q, jax.random.key(0))
     lines = []
     for name, model in (("before", fresh), ("after", diva)):
         virtual = np.asarray(virtual_tokens(model, heard), float)

@@ -862,7 +862,7 @@ def take(count: int, corpus: data.Corpus, **how) -> list[dict[str, np.ndarray]]:
 
 def numbers(batch: dict[str, np.ndarray]) -> list[int]:
     """Which clips of the made-up corpus a batch holds."""
-    return [int(n) - 1 for n in batch["ids"][:, 0]]
+    return [int(n) - 1 for n in batch.transcript[:, 0]]
 
 
 def equal(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> None:
@@ -892,12 +892,12 @@ def test_a_batch_holds_audio_tokens_lengths_and_weights(decoder):
         "lengths": (np.int32, (12,)),
         "weights": (np.float32, (12,)),
     }
-    assert len(set(numbers(batch))) == 12 and set(batch["weights"]) == {1.0}
+    assert len(set(numbers(batch))) == 12 and set(batch.weights) == {1.0}
     for row, n in enumerate(numbers(batch)):
         ids = corpus.ids[n].tolist()
-        assert batch["lengths"][row] == len(ids)
-        assert batch["ids"][row].tolist() == ids + [0] * (8 - len(ids))
-        audio, length = batch["audio"][row], 20 + n % 40
+        assert batch.lengths[row] == len(ids)
+        assert batch.transcript[row].tolist() == ids + [0] * (8 - len(ids))
+        audio, length = batch.audio[row], 20 + n % 40
         # 16 bits: half a step of 1 / 32767
         assert np.abs(audio[:length] - (n + 1) / 1000).max() < 0.51 / 32767
         assert not audio[length:].any()
@@ -916,7 +916,7 @@ def test_a_batch_has_the_sound_of_its_files_to_16_bits(tmp_path):
     corpus = data.Corpus([data.Clip(str(f), "") for f in files], ids, RATE, 8)
     batch = take(1, corpus, batch_size=2, seed=0)[0]
     for n, file in enumerate(files):
-        audio = batch["audio"][numbers(batch).index(n)]
+        audio = batch.audio[numbers(batch).index(n)]
         expected = audio_files.load(file)
         step = max(1, np.abs(expected).max()) / 32767
         assert np.abs(audio[: len(expected)] - expected).max() < 0.51 * step
@@ -1028,7 +1028,7 @@ def test_a_corrupt_clip_among_good_ones(tmp_path, monkeypatch, caplog, in_memory
     assert corpus.clips == clips, "what cannot be opened is found when it is decoded"
     seen = 0
     for batch in take(15, corpus, batch_size=2, seed=0):  # six epochs
-        for n, weight, audio in zip(numbers(batch), batch["weights"], batch["audio"], strict=True):
+        for n, weight, audio in zip(numbers(batch), batch.weights, batch.audio, strict=True):
             assert weight == (n not in (1, 3))
             assert np.abs(audio).max() == (pytest.approx(0.5, abs=0.01) if weight else 0)
             seen += weight == 0
@@ -1067,8 +1067,8 @@ def test_a_clip_longer_than_the_table_says_has_weight_0_and_is_not_cut(voice):
     assert corpus.clips == clips
     batch = take(1, corpus, batch_size=2, seed=0)[0]
     a, b = (numbers(batch).index(n) for n in (0, 1))
-    assert batch["weights"][[a, b]].tolist() == [1, 0]
-    assert batch["audio"][a].any() and not batch["audio"][b].any()
+    assert batch.weights[[a, b]].tolist() == [1, 0]
+    assert batch.audio[a].any() and not batch.audio[b].any()
     [(file, reason)] = corpus.undecodable.items()
     assert file == clips[1].audio
     assert f"{file}: 0.40 s, longer than its header says; expected at most 0.3 s" in reason
@@ -1083,8 +1083,8 @@ def test_a_clip_as_long_as_the_window_survives_the_rounding_of_its_resampling(tm
     assert len(audio_files.load(clips[0].audio)) == 4801
     corpus = data.prepare(clips, encode, 4800, 3)
     batch = take(1, corpus, batch_size=1, seed=0)[0]
-    assert batch["weights"] == [1] and batch["audio"].shape == (1, 4800)
-    assert batch["audio"][0, -100:].any() and not corpus.undecodable
+    assert batch.weights == [1] and batch.audio.shape == (1, 4800)
+    assert batch.audio[0, -100:].any() and not corpus.undecodable
 
 
 # ------------------------------------------------------------------------------------- the command

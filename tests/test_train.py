@@ -164,7 +164,7 @@ def config_of(root: Path, out: Path | str, **changes) -> recipe.Config:
         out=str(out),
         fsdp=4,
         save_every=10,
-        frozen_states="compute",
+        precompute="never",
     )
     return recipe.Config(**defaults | changes)
 
@@ -208,8 +208,8 @@ class Started:
         self.config, self.recipe = config, recipe.recipe_of(config)
         self.mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
         chat = llama.Chat.load(config.llm)
-        turn = dict(zip(("prefix", "suffix"), chat.wrap(), strict=True))
-        self.params, self.opt_state, self.frozen = train.start_state(config, self.mesh, turn)
+        template = teacher_responses.make_template(*chat.wrap())
+        self.params, self.opt_state, self.frozen = train.init_state(config, self.mesh, template)
         corpus = data.prepare(data.read_clips(config.data), chat.encode_batch, 8000, 8)
         self.batches = data.batches(corpus, batch_size=config.batch_size, seed=0)
 
@@ -348,16 +348,16 @@ def test_the_mean_embeddings_alignment_is_known_from_the_start(finished, root):
 def test_a_shorter_window_leaves_longer_clips_out(root, tmp_path, monkeypatch, caplog):
     """Counted, never cut; and the work of a clip is that of the shorter window."""
     monkeypatch.chdir(root)
-    whole, *_, work = train.claim(config_of(root, tmp_path / "whole"))
-    short, *_, less = train.claim(config_of(root, tmp_path / "short", window=0.4))
+    whole, *_, work = train.preflight(config_of(root, tmp_path / "whole"))
+    short, *_, less = train.preflight(config_of(root, tmp_path / "short", window=0.4))
     frames = {clip.audio: soundfile.info(clip.audio).frames for clip in whole.clips}
     assert {c.audio for c in short.clips} == {a for a, n in frames.items() if n <= 6400}
     assert short.too_long == len(whole.clips) - len(short.clips) > 0
     assert short.window_samples == 6400 and sum(less(8, 0).values()) < sum(work(8, 0).values())
     mesh = sharding.make_mesh(8)
-    turn = {"prefix": [1], "suffix": [2]}
+    template = teacher_responses.make_template([1], [2])
     config = config_of(root, tmp_path / "short", window=0.4)
-    _, _, frozen = train.start_state(config, mesh, turn)
+    _, _, frozen = train.init_state(config, mesh, template)
     assert frozen.diva.window_samples == 6400
 
 
@@ -370,8 +370,8 @@ def test_micro_batches_add_up_to_the_whole_batch(devices, size, root, tmp_path):
     weight 0 and a part in which nothing counts. A plain mean over the parts is far from it."""
     start = Started(config_of(root, tmp_path, fsdp=devices), jax.devices()[:devices])
     batch = next(start.batches)
-    batch["lengths"][:] = [1, 4, 2, 3, 3, 1, 4, 2]
-    batch["weights"][:] = [1, 1, 1, 1, 1, 0, 0, 0]
+    batch.lengths[:] = [1, 4, 2, 3, 3, 1, 4, 2]
+    batch.weights[:] = [1, 1, 1, 1, 1, 0, 0, 0]
 
     @functools.partial(jax.jit, static_argnums=1)
     def gradients(batch, size):
@@ -385,7 +385,7 @@ def test_micro_batches_add_up_to_the_whole_batch(devices, size, root, tmp_path):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         far = np.abs(np.asarray(b, np.float64)).max()
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * far)
-    batch["weights"][4:] = 0  # the first part alone
+    batch.weights[4:] = 0  # the first part alone
     alone = gradients(sharding.shard_host_batch(batch, start.mesh), None)
     assert abs(float(alone[1][0]["alignment"]) / float(whole[1][0]["alignment"]) - 1) > 1e-3
 
@@ -393,7 +393,7 @@ def test_micro_batches_add_up_to_the_whole_batch(devices, size, root, tmp_path):
 def test_a_part_that_is_not_finite_is_found(root, tmp_path):
     start = Started(config_of(root, tmp_path, fsdp=1, batch_size=4), jax.devices()[:1])
     batch = next(start.batches)
-    batch["audio"][2] = np.nan
+    batch.audio[2] = np.nan
     batch = sharding.shard_host_batch(batch, start.mesh)
     more = start.recipe, "attention", 1
     assert not train.gradients(start.params, start.frozen, batch, *more)[1][1].all()
@@ -433,9 +433,6 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
     compiled with arrays of the same shapes in the same places: from the cache. Of answers the
     longest are reckoned with, since they are not yet known."""
     asked, config = [], config_of(root, tmp_path, fsdp=None, response_tokens=most)
-    instructions = tmp_path / "instructions"
-    instructions.write_text("red\ndog\n")
-    config = dataclasses.replace(config, instructions=str(instructions))
 
     def compile_step(config, grids, room, inputs):
         asked.append((config.remat, [mesh.shape["fsdp"] for mesh in grids], room))
@@ -447,7 +444,7 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
 
     monkeypatch.setattr(train, "compile_step", compile_step)
     monkeypatch.setattr(sharding, "device_memory_bytes", lambda: 1e9)
-    corpus, *_, mesh = train.start(config, sharding.candidate_meshes(8))
+    corpus, *_, mesh = train.prepare_run(config, sharding.candidate_meshes(8))
     first, shapes, second, arrays = asked
     assert first == ("auto", [1, 2, 4, 8], 1e9) and second == ("layers", [4], 1e9)
     assert mesh.shape["fsdp"] == 4
@@ -455,7 +452,7 @@ def test_the_grid_is_chosen_from_shapes_that_are_those_of_the_run(
         assert shapes == arrays
     else:
         shapes, arrays = ([x[1:] for x in found] for found in (shapes, arrays))
-        assert shapes == arrays and corpus.more["answers"].shape[1] <= most - 1
+        assert shapes == arrays and corpus.precomputed["response"].shape[1] <= most - 1
 
 
 def test_nothing_is_compiled_where_there_is_no_choice(root, tmp_path, monkeypatch):
@@ -468,7 +465,7 @@ def test_nothing_is_compiled_where_there_is_no_choice(root, tmp_path, monkeypatc
         (math.inf, many),
     ):
         monkeypatch.setattr(sharding, "device_memory_bytes", lambda room=room: room)
-        assert train.choose(config, grids, pytest.fail) == (grids[0], config)
+        assert train.choose_mesh(config, grids, pytest.fail) == (grids[0], config)
     assert many[0].shape["fsdp"] == 1
 
 
@@ -508,18 +505,19 @@ def test_the_step_reuses_the_memory_of_weights_and_optimizer(root, tmp_path):
 def test_teacher_is_the_llm_on_the_plain_text_prompt(root, tmp_path):
     """For every transcript length: the LLM's state at the last token of prefix + text + suffix."""
     run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
-    llm, prefix, suffix = run.frozen.diva.llm, *run.frozen[1:3]
+    llm, (prefix, suffix) = run.frozen.diva.llm, run.frozen.template
     ids = np.arange(8, 14, dtype=np.int32)
     lengths = np.arange(1, 7, dtype=np.int32)
     padded = np.where(np.arange(6) < lengths[:, None], ids, 0).astype(np.int32)
 
     @jax.jit
     def teacher(llm):
-        rows, last = connector.text_turn(
-            *(jnp.asarray(padded), jnp.asarray(lengths), prefix, suffix),
-            jnp.zeros((len(padded), 0), jnp.int32),
-        )
-        return llm(llm.embed(rows))[jnp.arange(len(rows)), last]
+        empty = jnp.zeros((len(padded), 0), jnp.int32)
+        tail = connector.suffix_and_response(suffix, empty)
+        rows = connector.append_rows(jnp.asarray(padded), jnp.asarray(lengths), tail)
+        hidden = llm(llm.embed(rows), "layers", llm.embed(prefix[None]))
+        start = jnp.asarray(lengths) + len(suffix) - 1
+        return connector.take_states(hidden, start, num_states=1)[:, 0]
 
     states = teacher(llm)
     prompts = [np.concatenate([prefix, ids[:n], suffix]) for n in lengths]
@@ -542,8 +540,8 @@ def test_teacher_gets_no_gradient(root, tmp_path):
         return train.loss_fn(run.params, frozen._replace(diva=diva), batch, run.recipe)[0]
 
     gradient = jax.jit(jax.grad(loss))(frozen.diva.llm.model.embed_tokens.weight)
-    words = np.unique(batch["ids"][batch["ids"] > 0])
-    template = np.unique(np.concatenate([frozen.prefix, frozen.suffix]))
+    words = np.unique(batch.transcript[batch.transcript > 0])
+    template = np.unique(np.concatenate(frozen.template))
     assert len(words) > 3 and not np.isin(words, template).any()
     assert np.abs(gradient[words]).max() == 0
     assert np.abs(gradient[template]).max(axis=1).min() > 0
@@ -554,7 +552,7 @@ def test_gradient_reaches_every_query_and_trained_array(root, tmp_path, losses):
     """The first query token included: seen in Adam's first moment after one step."""
     run = Started(config_of(root, tmp_path))
     if losses == "response alone":  # without words there is nothing to align
-        run.batches = ({**batch, "lengths": 0 * batch["lengths"]} for batch in run.batches)
+        run.batches = (batch._replace(lengths=0 * batch.lengths) for batch in run.batches)
     metrics = run.step(0)
     assert (metrics["alignment"] == 0) == (losses == "response alone")
     assert metrics["loss"] == metrics["alignment"] + metrics["response"]
@@ -607,7 +605,9 @@ def asked(root: Path, out: Path, most: int, stop_ids: tuple[int, ...], fsdp: int
     llm = sharding.shard_params(llm, mesh)  # one that does not say the same all the time
     prefix, suffix = llama.Chat.load(root / "llama").wrap()
     prompts = [np.array([*prefix, *text, *suffix], np.int32) for text in TRANSCRIPTS]
-    found = teacher_responses._ask_all(llm, stop_ids, prompts, config_of(root, out), mesh, most)
+    found = teacher_responses._generate_cached(
+        llm, stop_ids, prompts, config=config_of(root, out), mesh=mesh, max_new_tokens=most
+    )
     return llm, prompts, found
 
 
@@ -629,18 +629,31 @@ def test_the_teacher_answers_as_it_does_when_asked_alone(root, tmp_path, capsys)
     assert len(found[0]) == 4 and found[0][-1] == stop, free
     assert max(map(len, found)) == 6  # others were cut: they say so
     told = capsys.readouterr().out
-    assert "the teacher answers 4 transcripts: " in told and "of them cut at 6" in told
+    assert (
+        "generating teacher responses for 4 transcripts: " in told
+        and "of them truncated at 6" in told
+    )
 
 
 def test_of_an_answer_all_is_fed_but_its_last_token(root, tmp_path, monkeypatch):
     """Which is only predicted, by one state more; shorter answers are padded."""
     corpus = data.Corpus([], [np.array(text, np.int32) for text in TRANSCRIPTS[:3]], 8000, 8)
-    monkeypatch.setattr(teacher_responses, "_ask_all", lambda *_: [[7, 4], [4], [9, 8, 7, 6]])
-    turn = {"prefix": [1], "suffix": [2]}
+    monkeypatch.setattr(
+        teacher_responses, "_generate_cached", lambda *_, **__: [[7, 4], [4], [9, 8, 7, 6]]
+    )
+    template = teacher_responses.make_template([1], [2])
     mesh, llm = sharding.make_mesh(8), llama.Llama.load(root / "llama")
-    found = teacher_responses.ask(llm, (4,), turn, config_of(root, tmp_path), mesh, corpus, 4)
-    assert found["answers"].tolist() == [[7, 0, 0], [0, 0, 0], [9, 8, 7]]
-    assert found["states"].tolist() == [2, 1, 4]
+    found = teacher_responses.generate_responses(
+        llm,
+        (4,),
+        template,
+        corpus=corpus,
+        config=config_of(root, tmp_path),
+        mesh=mesh,
+        max_new_tokens=4,
+    )
+    assert found["response"].tolist() == [[7, 0, 0], [0, 0, 0], [9, 8, 7]]
+    assert found["response_lengths"].tolist() == [2, 1, 4]
 
 
 @pytest.mark.parametrize("fsdp", [2, 8])
@@ -654,13 +667,15 @@ def test_answers_are_asked_once_for_an_llm_a_template_a_limit_and_a_text(
     root, tmp_path, monkeypatch
 ):
     """What was written is read again; what was not yet, or is of another kind, is asked."""
-    monkeypatch.setattr(teacher_responses, "PART", 2)
+    monkeypatch.setattr(teacher_responses, "PROMPTS_PER_FILE", 2)
     before = asked(root, tmp_path, 4, (99,))[2]
     written = sorted((tmp_path / "answers").iterdir())
     assert len(written) == 2  # of 4 different transcripts
     written[0].unlink()
-    real, parts = teacher_responses._ask_some, []
-    monkeypatch.setattr(teacher_responses, "_ask_some", lambda *a: parts.append(a[1]) or real(*a))
+    real, parts = teacher_responses._generate_batches, []
+    monkeypatch.setattr(
+        teacher_responses, "_generate_batches", lambda *a, **k: parts.append(a[2]) or real(*a, **k)
+    )
     after = asked(root, tmp_path, 4, (99,))[2]
     assert before == after
     assert len(parts) == 1 and len(parts[0]) == 2
@@ -675,24 +690,24 @@ def test_every_state_of_an_answer_is_that_of_the_clip_alone(root, tmp_path):
     """Student and teacher, for texts and answers of uneven lengths: behind suffix and answer, with
     nothing padded. And the losses count each clip's answer once, whatever its length."""
     run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
-    diva, prefix, suffix = eqx.combine(run.params, run.frozen.diva), *run.frozen[1:3]
+    diva = eqx.combine(run.params, run.frozen.diva)
+    prefix, suffix = run.frozen.template
     batch = jax.tree.map(jnp.asarray, next(run.batches))
     said = [np.arange(8, 8 + n, dtype=np.int32) for n in (1, 4, 2, 3, 4, 1, 1, 2)]
-    batch["answers"] = jnp.stack([jnp.pad(a[:-1], (0, 4 - len(a))) for a in said])
-    batch["states"] = jnp.asarray([len(a) for a in said])
-    batch["weights"] = batch["weights"].at[3].set(0.0)
-    heard = (batch[name] for name in ("audio", "ids", "lengths"))
-    out = eqx.filter_jit(diva)(*heard, prefix, suffix, batch["answers"])
-    assert out.student.shape[:2] == out.teacher.shape[:2] == (8, 4)
+    batch = batch._replace(response=jnp.stack([jnp.pad(a[:-1], (0, 4 - len(a))) for a in said]))
+    batch = batch._replace(response_lengths=jnp.asarray([len(a) for a in said]))
+    batch = batch._replace(weights=batch.weights.at[3].set(0.0))
+    out = eqx.filter_jit(train.forward)(run.params, run.frozen, batch)
+    assert out.student_states.shape[:2] == out.teacher_states.shape[:2] == (8, 4)
     llm, distances = diva.llm, []
     for i, answer in enumerate(map(jnp.asarray, said)):
-        words, n = batch["ids"][i, : int(batch["lengths"][i])], len(answer)
+        words, n = batch.transcript[i, : int(batch.lengths[i])], len(answer)
         text = llm.embed(jnp.concatenate([prefix, words, suffix, answer[:-1]])[None])
-        turn = diva.embed_turn(out.virtual[i : i + 1], prefix, suffix)
+        turn = diva.embed_turn(out.virtual_tokens[i : i + 1], prefix, suffix)
         speech = jnp.concatenate([turn, llm.embed(answer[None, :-1])], axis=1)
         teacher, student = (states_alone(llm, x, n) for x in (text, speech))
-        np.testing.assert_allclose(out.teacher[i, :n], teacher, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(out.student[i, :n], student, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.teacher_states[i, :n], teacher, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(out.student_states[i, :n], student, rtol=1e-4, atol=1e-4)
         distances.append(np.linalg.norm(student - teacher, axis=-1).mean())
     metrics = train.loss_fn(run.params, run.frozen, batch, run.recipe)[1][0]
     expected = np.mean([d for i, d in enumerate(distances) if i != 3])
@@ -703,9 +718,9 @@ def test_micro_batches_of_answers_add_up_too(root, tmp_path):
     """Answers of uneven lengths in parts of uneven weights."""
     run = Started(config_of(root, tmp_path, fsdp=1), jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, next(run.batches))
-    batch["answers"] = jnp.arange(24).reshape(8, 3) % 12 + 8
-    batch["states"] = jnp.asarray([1, 4, 2, 3, 4, 1, 1, 2])
-    batch["weights"] = batch["weights"].at[0].set(0.0)
+    batch = batch._replace(response=jnp.arange(24).reshape(8, 3) % 12 + 8)
+    batch = batch._replace(response_lengths=jnp.asarray([1, 4, 2, 3, 4, 1, 1, 2]))
+    batch = batch._replace(weights=batch.weights.at[0].set(0.0))
     given = (run.params, run.frozen, batch, run.recipe, "attention")
     whole, (losses, _) = jax.jit(train.gradients, static_argnums=(3, 4, 5))(*given, None)
     parts, (sums, _) = jax.jit(train.gradients, static_argnums=(3, 4, 5))(*given, 2)
@@ -714,122 +729,31 @@ def test_micro_batches_of_answers_add_up_too(root, tmp_path):
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
 
 
-# ------------------------------------------------------------------------------------ instructions
-
-
-@pytest.fixture
-def instructions(root, tmp_path) -> Path:
-    file = tmp_path / "instructions.txt"
-    file.write_text("red\n\nblue dog cat one\n", encoding="utf-8")
-    return file
-
-
-def test_under_an_instruction_both_read_it_and_nothing_else_changes(
-    root, tmp_path, instructions, not_compiled
-):
-    """Each clip, whatever the length of its prefix, has the states that it has alone behind that
-    prefix without padding; student and teacher, an answer behind it."""
-    config = config_of(root, tmp_path / "out", fsdp=1, instructions=str(instructions))
-    config = dataclasses.replace(config, response_tokens=3)
-    mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
-    corpus, (params, _, frozen), *_ = train.start(config, [mesh])
-    batch = jax.tree.map(jnp.asarray, next(data.batches(corpus, batch_size=8, seed=0)))
-    chat, diva = llama.Chat.load(root / "llama"), eqx.combine(params, frozen.diva)
-    each = [chat.wrap(text)[0] for text in (None, "red", "blue dog cat one")]
-    assert len({*map(len, each)}) == 3
-    batch["instruction"] = jnp.asarray([0, 1, 2, 2, 1, 0, 2, 1])
-    out, _ = eqx.filter_jit(train.forward)(params, frozen, batch)
-    for i, under in enumerate(batch["instruction"].tolist()):
-        words, n = batch["ids"][i, : int(batch["lengths"][i])], int(batch["states"][i])
-        answer, prefix = batch["answers"][i, : n - 1], jnp.asarray(each[under])
-        text = diva.llm.embed(jnp.concatenate([prefix, words, frozen.suffix, answer])[None])
-        turn = diva.embed_turn(out.virtual[i : i + 1], prefix, frozen.suffix)
-        speech = jnp.concatenate([turn, diva.llm.embed(answer[None])], axis=1)
-        for found, alone in ((out.teacher, text), (out.student, speech)):
-            expected = states_alone(diva.llm, alone, n)
-            np.testing.assert_allclose(found[i, :n], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_half_of_the_clips_stand_under_an_instruction():
-    """Drawn by the seed alone."""
-    five = {"prefix": [1], "prefixes": [[1]] * 5}
-    drawn, again, other = (
-        teacher_responses.draw(five, 10_000, seed)["instruction"] for seed in (0, 0, 1)
-    )
-    np.testing.assert_array_equal(drawn, again)
-    assert (drawn != other).any() and teacher_responses.draw({"prefix": [1]}, 10_000, 0) == {}
-    shares = np.bincount(drawn) / 10_000  # four deviations are 0.02 and 0.0132
-    assert abs(shares[0] - 0.5) < 0.02 and np.abs(shares[1:] - 0.125).max() < 0.0132
-
-
-def test_a_run_on_whole_answers_under_instructions_goes_on_as_if_it_had_not_stopped(
-    root, tmp_path, instructions, monkeypatch
-):
-    """Bit for bit, even if the file has changed since, and the teacher is not asked again; answers
-    and instructions belong to the recipe."""
-    changes = {"instructions": str(instructions), "response_tokens": 3, "steps": 4, "save_every": 2}
-    changes |= {"watch": "train"}
-    train.run(config_of(root, tmp_path / "whole", **changes))
-    train.run(config_of(root, tmp_path / "cut", until=2, **changes))
-    turn = files.read_json(tmp_path / "cut" / "turn.json")
-    assert len(turn["prefixes"]) == 3 and turn["prefixes"][0] == turn["prefix"]
-    instructions.write_text("green\n", encoding="utf-8")
-    monkeypatch.setattr(teacher_responses, "_ask_some", None)
-    train.run(config_of(root, tmp_path / "cut", **changes))
-    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
-    assert a == b
-    assert "kl" in rows_of(tmp_path / "whole")[0]  # watched clips stand under none
-    for name, value, was in (
-        ("instructions", None, r"instructions was '.*', now None"),
-        ("response_tokens", "all", "response_tokens was 3, now 'all'"),
-    ):
-        with pytest.raises(ValueError, match=was):
-            train.run(config_of(root, tmp_path / "cut", **changes | {name: value}))
-
-
-@pytest.mark.parametrize("text", ["", "\n \n"])
-def test_a_file_without_an_instruction_is_refused(root, tmp_path, instructions, text):
-    instructions.write_text(text, encoding="utf-8")
-    config = config_of(root, tmp_path / "out", instructions=str(instructions))
-    with pytest.raises(
-        ValueError, match=r"instructions\.txt: no instruction; expected one on each"
-    ):
-        train.run(config)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="nowhere: no such file"):
-        train.run(dataclasses.replace(config, instructions=str(tmp_path / "nowhere")))
-
-
 # --------------------------------------------------------------------------- states that are kept
 
 
-@pytest.mark.parametrize("instructed", [True, False])
-def test_kept_states_are_those_that_every_step_would_compute(
-    instructed, root, tmp_path, monkeypatch
-):
-    """With answers, each clip under a prefix of its own or all under one, on eight devices: the
+def test_kept_states_are_those_that_every_step_would_compute(root, tmp_path, monkeypatch):
+    """With answers, on eight devices: the
     same losses and the same student, to the order of a sum; and a clip that cannot be decoded still
     has weight 0."""
-    folder, lines = clone_data(root, tmp_path, monkeypatch), tmp_path / "lines.txt"
-    lines.write_text("red\nblue dog cat one\n", encoding="utf-8")
+    folder = clone_data(root, tmp_path, monkeypatch)
     (folder / "clips/3.wav").write_bytes(b"no sound")
     changes = {"response_tokens": 3, "max_undecodable": 1.0, "steps": 6}
-    changes |= {"instructions": str(lines)} if instructed else {}
     rows = {}
-    for how in ("compute", "keep"):
-        train.run(config_of(root, tmp_path / how, **changes, frozen_states=how))
+    for how in ("never", "always"):
+        train.run(config_of(root, tmp_path / how, **changes, precompute=how))
         rows[how] = rows_of(tmp_path / how)
     for one, other in zip(*rows.values(), strict=True):
         assert one["undecodable"] == other["undecodable"] == 1
         for name in ("loss", "alignment", "response", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
-    assert rows["keep"][0]["loss"] == pytest.approx(rows["compute"][0]["loss"], rel=1e-5)
+    assert rows["always"][0]["loss"] == pytest.approx(rows["never"][0]["loss"], rel=1e-5)
 
 
 def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
     root, tmp_path, monkeypatch
 ):
-    changes = {"steps": 6, "save_every": 2, "frozen_states": "keep"}
+    changes = {"steps": 6, "save_every": 2, "precompute": "always"}
     real, read = audio_files.load, []
     monkeypatch.setattr(audio_files, "load", lambda *a, **k: read.append(a) or real(*a, **k))
     train.run(config_of(root, tmp_path / "whole", **changes))
@@ -843,19 +767,19 @@ def test_a_run_on_kept_states_reads_no_clip_again_and_goes_on_bit_for_bit(
 def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys, not_compiled):
     """auto: up to ROOM bytes, which are counted right; a step then does neither part's work."""
     mesh = sharding.make_mesh(8)
-    config = config_of(root, tmp_path / "a", frozen_states="auto", response_tokens=2)
-    corpus, state, _, _, work, _ = train.start(config, [mesh])
-    kept = sum(corpus.more[name].nbytes for name in ("audio", "taught"))
-    assert kept == precompute.bytes_of(state[2].diva, corpus)
-    assert "kept what encoder and teacher say of 8 clips" in capsys.readouterr().out
-    monkeypatch.setattr(precompute, "ROOM", kept - 1)
-    config = config_of(root, tmp_path / "b", frozen_states="auto", response_tokens=2)
-    corpus, *_, whole, _ = train.start(config, [mesh])
-    assert "audio" not in corpus.more and whole > work
+    config = config_of(root, tmp_path / "a", precompute="auto", response_tokens=2)
+    corpus, state, _, _, work, _ = train.prepare_run(config, [mesh])
+    kept = sum(corpus.precomputed[name].nbytes for name in ("encoder_states", "teacher_states"))
+    assert kept == precompute.precomputed_bytes(state[2].diva, corpus)
+    assert "precomputed encoder and teacher states of 8 clips" in capsys.readouterr().out
+    monkeypatch.setattr(precompute, "AUTO_LIMIT", kept - 1)
+    config = config_of(root, tmp_path / "b", precompute="auto", response_tokens=2)
+    corpus, *_, whole, _ = train.prepare_run(config, [mesh])
+    assert "encoder_states" not in corpus.precomputed and whole > work
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="--frozen-states keep: each of several processes"):
-        precompute.wanted("keep", state[2].diva, corpus)
-    assert not precompute.wanted("auto", state[2].diva, corpus)
+    with pytest.raises(ValueError, match="--precompute always: each of several processes"):
+        precompute.should_precompute("always", state[2].diva, corpus)
+    assert not precompute.should_precompute("auto", state[2].diva, corpus)
 
 
 # ------------------------------------------------------------------------- clips that are watched
@@ -864,25 +788,25 @@ def test_states_are_kept_where_there_is_room(root, tmp_path, monkeypatch, capsys
 def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeypatch, not_compiled):
     """KL over each answer's tokens, then over clips; and the share of words that are nearest to
     their virtual tokens: in float64, one clip at a time."""
-    monkeypatch.setattr(teacher_responses, "MOST", 4)
-    config = config_of(root, tmp_path, fsdp=1, watch="train", queries=6)
+    monkeypatch.setattr(teacher_responses, "MAX_RESPONSE", 4)
+    config = config_of(root, tmp_path, fsdp=1, validation="train", queries=6)
     mesh = sharding.make_mesh(8, devices=jax.devices()[:1])
-    _, state, _, batch, *_ = train.start(config, [mesh])
-    word = jnp.asarray(state[2].diva.llm.embed(batch["ids"][:1, :1])[0, 0])
+    _, state, _, batch, *_ = train.prepare_run(config, [mesh])
+    word = jnp.asarray(state[2].diva.llm.embed(batch.transcript[:1, :1])[0, 0])
     params = eqx.tree_at(  # says one word all the time, and little beside it
         lambda p: (p.connector.projection.weight, p.connector.projection.bias),
         state[0],
         replace_fn=lambda x: word if x.ndim == 1 else 0.01 * x,
     )
-    found = train.watch(params, state[2], batch, mesh)
-    diva, prefix, suffix = eqx.combine(params, state[2].diva), *state[2][1:3]
-    virtual = eqx.filter_jit(diva.virtual_tokens)(batch["audio"])
+    found = train.validate(params, state[2], batch, mesh)
+    diva, (prefix, suffix) = eqx.combine(params, state[2].diva), state[2].template
+    virtual = eqx.filter_jit(diva.virtual_tokens)(batch.audio)
     kls, right, words = [], 0, 0
     out = np.asarray(diva.llm.output_matrix, np.float64)
     table = np.asarray(diva.llm.model.embed_tokens.weight, np.float64)
-    for i, n in enumerate(np.asarray(batch["lengths"])):
-        said, ids = int(batch["states"][i]), batch["ids"][i, :n]
-        answer = batch["answers"][i, : said - 1]
+    for i, n in enumerate(np.asarray(batch.lengths)):
+        said, ids = int(batch.response_lengths[i]), batch.transcript[i, :n]
+        answer = batch.response[i, : said - 1]
         text = diva.llm.embed(jnp.concatenate([prefix, ids, suffix, answer])[None])
         speech = [diva.embed_turn(virtual[i : i + 1], prefix, suffix), diva.llm.embed(answer[None])]
         speech = jnp.concatenate(speech, axis=1)
@@ -894,17 +818,19 @@ def test_watched_clips_score_what_a_loop_over_them_finds(root, tmp_path, monkeyp
         right, words = right + int((far.argmin(1) == np.asarray(ids)).sum()), words + int(n)
     assert float(found["kl"]) == pytest.approx(np.mean(kls), rel=1e-4)
     assert 0 < right < words
-    assert float(found["heard"]) == pytest.approx(right / words, abs=1e-6)
+    assert float(found["nearest_token_accuracy"]) == pytest.approx(right / words, abs=1e-6)
 
 
 def test_what_is_watched_is_written_drawn_and_changes_nothing(root, finished, tmp_path, capsys):
-    """At the first step and every watch_every steps; the student is the same to the bit."""
-    train.run(config_of(root, tmp_path, watch="train", watch_every=10))
+    """At the first step and every validation_every steps; the student is the same to the bit."""
+    train.run(config_of(root, tmp_path, validation="train", validation_every=10))
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows if "kl" in row] == [0, 9, 19, 29]
-    assert all(row["kl"] > 0 and 0 <= row["heard"] <= 1 for row in rows if "kl" in row)
+    assert all(
+        row["kl"] > 0 and 0 <= row["nearest_token_accuracy"] <= 1 for row in rows if "kl" in row
+    )
     assert rows[29]["kl"] < rows[0]["kl"]
-    assert "% of the words heard" in capsys.readouterr().out
+    assert "nearest-token acc " in capsys.readouterr().out
     a, b = ((f / "model.safetensors").read_bytes() for f in (tmp_path, finished))
     assert a == b
     drawn = [imread(f / "loss.png").shape for f in (tmp_path, finished)]
@@ -917,10 +843,10 @@ def test_clips_beside_a_manifest_are_watched_by_their_own(root, tmp_path):
         lines = [{"audio": f"{root}/cv/clips/{i}.wav", "text": "one two"} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     config = config_of(root, tmp_path / "out", data=str(tmp_path / "train.jsonl"))
-    config = dataclasses.replace(config, watch=str(tmp_path / "dev.jsonl"))
-    assert len(train.claim(config).watched.clips) == 3
+    config = dataclasses.replace(config, validation=str(tmp_path / "dev.jsonl"))
+    assert len(train.preflight(config).validation.clips) == 3
     with pytest.raises(FileNotFoundError, match="dev: no such file"):
-        train.claim(dataclasses.replace(config, watch="dev"))
+        train.preflight(dataclasses.replace(config, validation="dev"))
 
 
 @pytest.mark.parametrize(("given", "meant"), [("1", 1), ("16", 16), ("all", "all")])
@@ -958,7 +884,7 @@ def test_the_export_is_the_trained_student(root, finished):
     params, _ = record.restore(manager, STEPS, run.params, run.opt_state)
     manager.close()
     trained = eqx.combine(params, run.frozen.diva).connector
-    loaded = connector.DiVA.load(finished).connector
+    loaded = connector.load(finished).connector
     loaded, trained, untrained = jax.device_get((loaded, trained, run.params.connector))
     assert np.abs(loaded.query_tokens - untrained.query_tokens).max() > 0.001
     jax.tree.map(np.testing.assert_array_equal, loaded, trained)
@@ -1183,7 +1109,7 @@ def test_what_is_wrong_is_told_before_anything_is_loaded_or_written(
 ):
     """So the right command begins in the same folder. In one that is finished it is told, too, and
     not that the folder is another run's."""
-    monkeypatch.setattr(train, "start_state", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(train, "init_state", lambda *_: pytest.fail("weights were loaded"))
     changes, message = WRONG[name]
     for out in (tmp_path / "out", finished):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
@@ -1285,7 +1211,7 @@ def test_not_finite_stops_with_step_and_part(root, tmp_path, monkeypatch):
     def poisoned(*args, start_step=0, **kwargs):
         for step, batch in enumerate(plain(*args, start_step=start_step, **kwargs), start_step):
             if step == 12:
-                batch = batch | {"audio": np.full_like(batch["audio"], np.nan)}
+                batch = batch._replace(audio=np.full_like(batch.audio, np.nan))
             yield batch
 
     monkeypatch.setattr(data, "batches", poisoned)
@@ -1305,7 +1231,7 @@ def test_not_finite_at_a_saving_step_is_not_saved(root, tmp_path, monkeypatch):
 
     def poisoned(*args, **kwargs):
         for step, batch in enumerate(plain(*args, **kwargs)):
-            yield batch | ({"audio": np.full_like(batch["audio"], np.inf)} if step == 9 else {})
+            yield batch._replace(audio=np.full_like(batch.audio, np.inf)) if step == 9 else batch
 
     monkeypatch.setattr(data, "batches", poisoned)
     with pytest.raises(FloatingPointError, match="step 9: the audio"):

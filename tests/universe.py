@@ -89,10 +89,10 @@ def build(root: Path) -> None:
     llm = checks.random_weights(template, 1, 0.7)
     write_model(root / "whisper", asr, "model.")
     write_model(root / "llama", llm, "")
-    diva = connector.DiVA.create(asr, llm, None, jax.random.key(1))
+    diva = connector.create(asr, llm, None, jax.random.key(1))
     trained = checks.random_weights(diva.connector, 2, 0.4)
     diva = eqx.tree_at(lambda d: d.connector, diva, trained)
-    diva.save(root / "diva", str(root / "whisper"), str(root / "llama"))
+    connector.save(diva, root / "diva", str(root / "whisper"), str(root / "llama"))
 
 
 def write_clips(folder: Path, count: int) -> list[str]:

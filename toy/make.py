@@ -536,7 +536,7 @@ def make_diva() -> None:
     folder, run = TOY / "diva", TOY.parent / "runs" / "toy"
     shipped = ["--model", "toy/diva", "--out", str(run / "shipped")]
     subprocess.run([sys.executable, "train.py", "--out", str(run)], cwd=TOY.parent, check=True)
-    diva = connector.DiVA.load(run)
+    diva = connector.load(run)
     as_published(diva).save(folder, str(TOY / "whisper"), str(TOY / "llama"))
     subprocess.run([sys.executable, "eval.py", *shipped], cwd=TOY.parent, check=True)
     for file in run / "loss.png", run / "shipped" / "eval.json":

@@ -307,8 +307,8 @@ def for_slice(config: Any, abstract_inputs: Callable, compile_step: Callable) ->
     seconds = time.perf_counter() - began
     batch = inputs(mesh)[1]
     queries = config.queries or asr.max_target_positions
-    text = batch["ids"].shape[1]
-    answer = batch["answers"].shape[1] if "answers" in batch else 0
+    text = batch.transcript.shape[1]
+    answer = batch.response.shape[1] if batch.response is not None else 0
     parts, short = (
         cost.flops(asr, llm, queries, cost.SUFFIX, length, answer, cost.PREFIX)
         for length in (text, min(cost.MEAN_TEXT, text))

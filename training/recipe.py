@@ -27,27 +27,24 @@ class Recipe:
     text_column: str | None = None  # Where parquet has the transcripts; None: text, sentence, ...
     # Virtual tokens per clip; None: as many as the Whisper decoder has positions.
     queries: int | None = None
-    # Seconds that are heard, if less than the Whisper can; longer clips are left out.
+    # Audio window in seconds, if shorter than the Whisper's; longer clips are left out.
     window: float | None = None
     steps: int = 4300  # Optimizer steps of the whole run; warm-up and cosine span them.
     batch_size: int = 512  # Clips per step, over all devices.
     learning_rate: float = 5e-5  # Peak learning rate.
-    warmup: float = 0.01  # Share of the steps in which the learning rate rises linearly.
+    warmup: float = 0.01  # Fraction of the steps with linear warm-up.
     weight_decay: float = 0.1  # AdamW's decoupled weight decay, on every trained array.
-    clip: float = 1.0  # Largest global norm of the gradient.
+    clip: float = 1.0  # Gradient clipping: largest global norm.
     align_weight: float = 1.0  # Weight of the token alignment loss.
     response_weight: float = 1.0  # Weight of the response distillation loss.
     # Distance of the response states: l2 (the paper), gram (a tighter bound of KL), kl (exact).
     response_loss: Literal["l2", "gram", "kl"] = "l2"
-    # States of the teacher's answer that are compared: 1 (the paper), where it begins; K, also
-    # behind its first K - 1 tokens; all: to its end, 64 at most.
+    # Hidden states of the teacher's response that are distilled: 1 (the paper), the one that
+    # predicts the first token; K, those of the first K tokens; all: up to its end, at most 64.
     response_tokens: int | Literal["all"] = 1
-    # File of instructions, one a line: half of the clips stand under one of them, in the system
-    # turn of teacher and student alike; None: the paper, no instruction.
-    instructions: str | None = None
-    # What encoder and teacher say of each clip: computed in every step, or once and kept in memory;
-    # auto: kept if it takes at most 1 GB.
-    frozen_states: Literal["auto", "keep", "compute"] = "auto"
+    # Precompute the frozen activations (encoder and teacher states) once and keep them in host
+    # memory, or compute them in every step; auto: precompute if they take at most 1 GB.
+    precompute: Literal["auto", "always", "never"] = "auto"
     seed: int = 0  # Decides the initial queries and the order of the clips.
     # Frozen weights and compute; auto: bfloat16 on accelerators, float32 on CPU. Trained weights
     # and optimizer are float32 always.
@@ -63,19 +60,18 @@ class Config(Recipe):
     out: str | None = None  # Folder of the run; None: runs/PRESET.
     # Folder of the tasks that the finished student is evaluated on; None: no evaluation.
     tasks: str | None = None
-    # Split of which 64 clips are watched, where --data is a file, another such file: whether their
-    # words are heard, and how far the answers are from the teacher's; None: none.
-    watch: str | None = None
-    watch_every: int = 100  # Steps between two looks at them.
+    # Split whose first 64 clips (drawn by a fixed seed) are the validation set; where --data is a
+    # file, another such file. Logs KL and nearest-token accuracy; None: no validation.
+    validation: str | None = None
+    validation_every: int = 100  # Steps between two validations.
     until: int | None = None  # Save and stop after this step; without it the command goes on.
     # Devices over which one copy of the frozen weights is split; 1: whole on each; None: as few as
     # memory allows. What is trained, and its optimizer, is split over 16 at most, or over as many.
     fsdp: int | None = None
-    # What the backward pass computes again to save memory (rematerialisation): attention (about
-    # 1 % of the work) or whole layers (about a third more); auto: attention if that fits.
+    # Rematerialisation in the backward pass to save memory: attention (about 1 % more FLOPs) or
+    # whole layers (about a third more); auto: attention if that fits.
     remat: Literal["auto", "attention", "layers"] = "auto"
-    # Clips that a device takes at a time (gradient accumulation): the gradients of a step's parts
-    # add up to those of its whole batch; None: all at once.
+    # Gradient accumulation: clips per device in each part of a batch; None: the whole batch.
     micro_batch: int | None = None
     # Compile the step for a slice of TPUs, such as v4:4x4x8 or v5e:8x8, without one; then report
     # memory, FLOPs, collectives and time, and end. Needs the `tpu` extra, no weights and no data.
@@ -89,7 +85,14 @@ class Config(Recipe):
 
     def __post_init__(self):
         cli.at_least(
-            self, steps=1, batch_size=1, watch_every=1, save_every=1, keep=1, log_every=1, seed=0
+            self,
+            steps=1,
+            batch_size=1,
+            validation_every=1,
+            save_every=1,
+            keep=1,
+            log_every=1,
+            seed=0,
         )
         if self.response_tokens != "all":
             cli.at_least(self, response_tokens=1)
@@ -118,7 +121,7 @@ PRESETS: dict[str, Config] = {
     "toy": Config(
         preset="toy",
         tasks="toy/tasks",
-        watch="dev",
+        validation="dev",
         queries=8,
         steps=6000,
         batch_size=16,

@@ -184,10 +184,12 @@ class Log:
         texts = [f"step {step + 1}/{config.steps}"]
         texts += [f"{name} {value}" for name, value in loss.items()]
         if "kl" in row:
-            texts += [f"KL {row['kl']:.4g} nats, {row['heard']:.1%} of the words heard"]
-        texts += [f"lr {row['lr']:.2e}", f"gradient {row['grad_norm']:.3g}"]
+            texts += [
+                f"KL {row['kl']:.4g} nats, nearest-token acc {row['nearest_token_accuracy']:.1%}"
+            ]
+        texts += [f"lr {row['lr']:.2e}", f"grad_norm {row['grad_norm']:.3g}"]
         if rate:
-            texts += [f"{row['seconds']:.3f} s, {row['data_wait']:.3f} s of it for data", speed]
+            texts += [f"{row['seconds']:.3f} s, data {1000 * row['data_wait']:.0f} ms", speed]
             if self.ideal:
                 texts.append(f"MFU {self.ideal * rate:.1%}")
             if held := (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use"):
@@ -220,7 +222,7 @@ class Log:
 def note_baseline(out: epath.Path, alignment: float) -> None:
     """Say, and write beside the log, what the mean embedding scores: `plot` draws it."""
     if jax.process_index() == 0:
-        print(f"alignment of the mean embedding: {alignment:.4g}; below it, words are heard")
+        print(f"alignment baseline (predict the mean embedding): {alignment:.4g}")
         with writing(out / "baseline.json"):
             files.write_text(out / "baseline.json", json.dumps({"alignment": alignment}) + "\n")
 
@@ -249,7 +251,7 @@ def plot(folder: epath.Path) -> epath.Path:
             steps[width - 1 :], smooth, color="tab:blue", label=f"mean of the last {width} steps"
         )
         if name in baseline:
-            label = "the mean embedding: no word heard"
+            label = "baseline (predict the mean embedding)"
             panel.axhline(baseline[name], color="tab:gray", linestyle="--", label=label)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_ylabel("loss")
@@ -268,9 +270,12 @@ def plot(folder: epath.Path) -> epath.Path:
 def _plot_watched(panel: Any, rows: list[dict]) -> None:
     """What clips that are not trained on tell: KL at the left, words heard at the right."""
     steps, other = [row["step"] for row in rows], panel.twinx()
-    title = "clips that are not trained on: KL of the answer, and words that are heard"
+    title = "validation: KL of the response, nearest-token accuracy"
     panel.set_title(title, loc="left", fontsize=10)
-    sides = (panel, "kl", "nats", "tab:red"), (other, "heard", "share", "tab:green")
+    sides = (
+        (panel, "kl", "nats", "tab:red"),
+        (other, "nearest_token_accuracy", "fraction", "tab:green"),
+    )
     for axis, name, unit, color in sides:
         axis.plot(steps, [row[name] for row in rows], color=color)
         axis.set_ylabel(f"{name}, {unit}", color=color)

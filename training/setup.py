@@ -1,4 +1,6 @@
-"""Claiming: what a run is about, as far as that can be known and refused without weights.
+"""Setup: everything about a run that can be validated without loading weights.
+
+A run that cannot work is refused here, before anything is compiled or written.
 
 Reads: everything above it.   Read next: train.py.
 """
@@ -7,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
@@ -19,45 +21,76 @@ import weights
 import whisper
 from training import cost, record, teacher_responses, validation
 from training.recipe import Config, recipe_of
+from training.teacher_responses import Template
 
 
-class Claim(NamedTuple):
-    """What a run is about, as far as it is known without weights."""
+class Preflight(NamedTuple):
+    """What is known of a run before its weights are loaded."""
 
     corpus: data.Corpus
-    watched: data.Corpus | None
+    validation: data.Corpus | None
     chat: llama.Chat
-    turn: dict[str, list[int]]  # prefix and suffix of the template
-    known: dict[str, Any]  # sizes of both models, template, texts: for shapes of state and batch
-    work: Callable[..., dict[str, float]]  # FLOPs of a clip, of positions of text and of answer
+    template: Template
+    asr: whisper.WhisperConfig  # with the run's audio window
+    llm: llama.LlamaConfig
+    # (transcript positions, fed response tokens) -> FLOPs of one clip in each stage of a step
+    flops_by_stage: Callable[[int, int], dict[str, float]]
 
 
-def claim(config: Config) -> Claim:
-    """The folder notes what run it is when all is known to be right that can be without weights.
-    Raises ValueError."""
-    manifest = os.path.isfile(config.data)
-    where = (config.watch, config.split) if manifest else (config.data, config.watch)
+def preflight(config: Config) -> Preflight:
+    """Validate everything that needs no weights (data, configs, tokenizer, output folder), then
+    record the run's configuration in its folder.
+
+    Raises ValueError or FileNotFoundError.
+    """
     clips = data.read_clips(config.data, config.split, config.text_column)
-    others = data.read_clips(*where, config.text_column) if config.watch else []
+    validation_clips = []
+    if config.validation:
+        is_manifest = os.path.isfile(config.data)
+        validation_clips = data.read_clips(
+            config.validation if is_manifest else config.data,
+            config.split if is_manifest else config.validation,
+            config.text_column,
+        )
+
+    # The models' configs, and whether the two fit together.
     asr = weights.read_config(whisper.WhisperConfig, weights.resolve(config.whisper))
     asr = connector.with_window(asr, config.window)
     llm = weights.read_config(llama.LlamaConfig, weights.resolve(config.llm))
-    connector.DiVA.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))  # do they fit?
-    chat, queries = llama.Chat.load(config.llm), config.queries or asr.max_target_positions
-    fitting = chat.encode_batch, asr.window_samples, queries
-    corpus = data.prepare(clips, *fitting)
-    watched = validation.some(data.prepare(others, *fitting)) if others else None
-    turn, recipe = (
-        teacher_responses.turn(chat, config.instructions),
-        dataclasses.asdict(recipe_of(config)),
+    connector.abstract(asr, llm, config.queries, jnp.dtype(config.dtype))
+    chat = llama.Chat.load(config.llm)
+    num_queries = config.queries or asr.max_target_positions
+
+    # Clips that fit the window and the queries.
+    prepare = functools.partial(
+        data.prepare,
+        encode=chat.encode_batch,
+        window_samples=asr.window_samples,
+        max_tokens=num_queries,
     )
-    turn = record.claim_run(epath.Path(config.out), recipe, corpus.digest(), turn)
-    corpus.more |= teacher_responses.draw(turn, len(corpus.ids), config.seed)
-    turned = prefix, suffix, pads = teacher_responses.template(turn)
-    own = 0 if pads is None else prefix.shape[-1]  # else all clips share it
-    flops = functools.partial(cost.flops, before=prefix.shape[-1] - own)
-    work = functools.partial(flops, asr, llm, queries, own + len(suffix))
-    shapes = {name: (x.shape[1:], x.dtype) for name, x in corpus.more.items()}
-    text = corpus.max_length
-    known = {"asr": asr, "llm": llm, "turn": turned, "text": text, "more": shapes}
-    return Claim(corpus, watched, chat, turn, known, work)
+    corpus = prepare(clips)
+    held_out = validation.draw(prepare(validation_clips)) if validation_clips else None
+
+    # The folder: another run's is refused. A resumed run keeps its first template, since some
+    # templates contain today's date.
+    prefix, suffix = chat.wrap()
+    tokens = record.claim_run(
+        epath.Path(config.out),
+        dataclasses.asdict(recipe_of(config)),
+        corpus.digest(),
+        {"prefix": prefix, "suffix": suffix},
+    )
+    template = teacher_responses.make_template(tokens["prefix"], tokens["suffix"])
+
+    def flops_by_stage(text_positions: int, response_tokens: int) -> dict[str, float]:
+        return cost.flops(
+            asr,
+            llm,
+            num_queries,
+            len(template.suffix),
+            text_positions,
+            response_tokens,
+            before=len(template.prefix),
+        )
+
+    return Preflight(corpus, held_out, chat, template, asr, llm, flops_by_stage)

@@ -1,13 +1,16 @@
-"""Watching: what tells, while it trains, whether a student hears words and answers as its teacher.
+"""Validation: scores on held-out clips, computed while a run trains.
 
-    mean_embedding   the alignment of one vector for all words: who is not below it has heard none
-    some             a few clips that are not trained on
-    scores           of them: KL(teacher || student) over the whole answer, and the words heard
+    mean_embedding_baseline   alignment loss of always predicting the mean embedding: a student that
+                              is not below it has learned no words
+    draw                      the held-out clips
+    scores                    KL(teacher || student) over whole responses, nearest-token accuracy
 
-The loss cannot tell: it is a distance, on clips that are trained on, at the answer's first tokens.
+The training loss cannot show either: it is a distance, on clips that are trained on, at the first
+response tokens.
 
-Axes: B batch, Q virtual tokens, L text tokens, K states of an answer, E width of the LLM.
-Reads: sharding.py, llama.py, connector.py, distill_loss.py, data.py.   Read next: answers.py.
+Axes: B batch, Q virtual tokens, L transcript tokens, K response states, E width of the LLM.
+Reads: sharding.py, llama.py, connector.py, distill_loss.py, data.py.
+Read next: teacher_responses.py.
 """
 
 import dataclasses
@@ -18,54 +21,74 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import connector
 import data
 import distill_loss
 import llama
+from data import Batch
 from runtime import sharding
 
-CLIPS = 64
+NUM_CLIPS = 64
 
 
-def mean_embedding(llm: llama.Llama, corpus: data.Corpus, mesh: Mesh) -> float:
-    """The alignment of the mean of the transcripts' embeddings with all of them."""
+def mean_embedding_baseline(llm: llama.Llama, corpus: data.Corpus, mesh: Mesh) -> float:
+    """Alignment loss of the mean transcript embedding against all transcript embeddings."""
     ids, counts = np.unique(np.concatenate(corpus.ids), return_counts=True)
 
     def alignment(table: Array) -> Array:
-        found, share = distill_loss.as_float32(table[ids]), counts / counts.sum()
-        return share @ distill_loss.l2_norm(found - share @ found)
+        embeds = distill_loss.as_float32(table[ids])
+        frequency = counts / counts.sum()
+        mean = frequency @ embeds
+        return frequency @ distill_loss.l2_norm(embeds - mean)
 
-    whole = NamedSharding(mesh, P())
-    return float(jax.jit(alignment, out_shardings=whole)(llm.model.embed_tokens.weight))
-
-
-def some(corpus: data.Corpus, most: int = CLIPS) -> data.Corpus:
-    """At most so many of its clips, drawn at random, and always the same ones."""
-    chosen = np.random.default_rng(0).permutation(len(corpus.clips))[:most]
-    clips, ids = ([rows[i] for i in chosen] for rows in (corpus.clips, corpus.ids))
-    return dataclasses.replace(corpus, clips=clips, ids=ids, undecodable={})
+    replicated = NamedSharding(mesh, P())
+    return float(jax.jit(alignment, out_shardings=replicated)(llm.model.embed_tokens.weight))
 
 
-def batch(corpus: data.Corpus, mesh: Mesh) -> dict[str, Array]:
-    """All of its clips on the devices; some twice where they cannot be shared equally."""
-    size = mesh.size * math.ceil(len(corpus.ids) / mesh.size)
-    rows = data.batches(corpus, batch_size=size, seed=0, **sharding.process())
-    return sharding.shard_host_batch(next(rows), mesh)
+def draw(corpus: data.Corpus, num_clips: int = NUM_CLIPS) -> data.Corpus:
+    """At most `num_clips` of its clips, drawn at random with a fixed seed."""
+    chosen = np.random.default_rng(0).permutation(len(corpus.clips))[:num_clips]
+    return dataclasses.replace(
+        corpus,
+        clips=[corpus.clips[i] for i in chosen],
+        ids=[corpus.ids[i] for i in chosen],
+        undecodable={},
+        precomputed={},
+    )
+
+
+def make_batch(corpus: data.Corpus, mesh: Mesh) -> Batch:
+    """All of its clips on the devices; a few twice if they cannot be shared equally."""
+    batch_size = mesh.size * math.ceil(len(corpus.ids) / mesh.size)
+    batches = data.batches(corpus, batch_size=batch_size, seed=0, **sharding.process())
+    return sharding.shard_host_batch(next(batches), mesh)
 
 
 def scores(
     llm: llama.Llama,
     out: connector.DiVAOutput,
-    by_state: Float[Array, "B K"],
-    ids: Int[Array, "B L"],
-    lengths: Int[Array, "B"],
-    weights: Float[Array, "B"],
+    *,
+    batch: Batch,
+    state_weights: Float[Array, "B K"],
 ) -> dict[str, Float[Array, ""]]:
-    """kl: nats, a mean over an answer's tokens, then over clips. heard: the share of the aligned
-    virtual tokens to which their own word is the nearest."""
-    kl = distill_loss.response("kl", out.student, out.teacher, by_state, llm.output_matrix, None)
-    aligned, real = distill_loss.last_tokens(out.virtual, lengths, ids.shape[1])
-    right = (connector.nearest_token_ids(llm, aligned) == ids).astype(jnp.float32)
-    return {"kl": kl, "heard": distill_loss.weighted_mean(right, real * weights[:, None])}
+    """kl: nats, a mean over the tokens of each response, then over clips.
+    nearest_token_accuracy: fraction of aligned virtual tokens whose nearest token is the right one.
+    """
+    kl = distill_loss.response(
+        kind="kl",
+        student=out.student_states,
+        teacher=out.teacher_states,
+        weights=state_weights,
+        output_matrix=llm.output_matrix,
+        gram=None,
+    )
+    aligned, is_aligned = distill_loss.last_tokens(
+        out.virtual_tokens, batch.lengths, batch.transcript.shape[1]
+    )
+    correct = connector.nearest_token_ids(llm, aligned) == batch.transcript
+    accuracy = distill_loss.weighted_mean(
+        correct.astype(jnp.float32), is_aligned * batch.weights[:, None]
+    )
+    return {"kl": kl, "nearest_token_accuracy": accuracy}

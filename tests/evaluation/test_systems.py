@@ -246,8 +246,8 @@ def test_the_untrained_connector_is_what_training_would_begin_with(models):
 
 
 def test_the_untrained_connector_has_as_many_queries_as_the_trained_one(root, models):
-    diva = connector.DiVA.create(models.asr.model, models.diva.llm, 5, jax.random.key(3))
-    diva.save(root / "short", str(root / "whisper"), str(root / "llama"))
+    diva = connector.create(models.asr.model, models.diva.llm, 5, jax.random.key(3))
+    connector.save(diva, root / "short", str(root / "whisper"), str(root / "llama"))
     found = Models.load(root / "short").connectors
     assert [found[name].query_tokens.shape for name in SYSTEMS[:2]] == [(5, 16), (5, 16)]
 

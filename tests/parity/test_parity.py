@@ -80,15 +80,15 @@ def test_what_we_export_torch_reads_back(folder, tmp_path, name, queries):
     """The same virtual tokens for the same encoder states, whether with all queries or fewer."""
     llm_folder = folder / next(iter(make_fixtures.LLAMAS))
     asr, llm = whisper.Whisper.load(folder / name), llama.Llama.load(llm_folder)
-    diva = connector.DiVA.create(asr, llm, queries, jax.random.key(1))
-    diva.save(tmp_path, str(folder / name), str(llm_folder))
+    diva = connector.create(asr, llm, queries, jax.random.key(1))
+    connector.save(diva, tmp_path, str(folder / name), str(llm_folder))
     shape = (2, asr.config.max_source_positions, asr.config.d_model)
     states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     theirs = read_with_torch(tmp_path, folder / name, torch.tensor(states))
     ours = diva.connector(jnp.asarray(states))
     assert ours.shape[1] == (queries or asr.config.max_target_positions)
     checks.close(ours, theirs, 1e-4, "virtual tokens")
-    again = connector.DiVA.load(tmp_path).connector(jnp.asarray(states))
+    again = connector.load(tmp_path).connector(jnp.asarray(states))
     np.testing.assert_array_equal(again, ours)
 
 

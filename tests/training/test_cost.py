@@ -153,8 +153,8 @@ def test_flops_by_hand_are_every_product_of_the_gradient(asr, way, answer, monke
     monkeypatch.setitem(globals(), "ASR", asr)
     config, (params, _, frozen), batch = abstract_step(2, 1)
     if answer:
-        batch["answers"] = jax.ShapeDtypeStruct((2, answer), np.int32)
-        batch["states"] = jax.ShapeDtypeStruct((2,), np.int32)
+        batch = batch._replace(response=jax.ShapeDtypeStruct((2, answer), np.int32))
+        batch = batch._replace(response_lengths=jax.ShapeDtypeStruct((2,), np.int32))
 
     def gradient(params, frozen, batch):
         return jax.grad(train.loss_fn, has_aux=True)(
