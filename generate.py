@@ -63,7 +63,7 @@ def greedy_decode(
 
     def body(state):
         position, tokens, done, cache = state
-        logits, cache = model.decoder.step(tokens[:, position], cache, position)
+        logits, cache = model.decoder.decode_step(tokens[:, position], cache, position)
         # kept apart: XLA would fuse the sum into the product, and run that on one core of a CPU
         logits = jax.lax.optimization_barrier(logits)
         first = position + 1 == len(forced)

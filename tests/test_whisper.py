@@ -70,7 +70,7 @@ def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
     whole = model.decoder.logits(model.decoder(model.decoder.embed(ids), states))
     cache = model.decoder.empty_cache(states, 6)
     for position in range(6):
-        logits, cache = model.decoder.step(ids[:, position], cache, jnp.asarray(position))
+        logits, cache = model.decoder.decode_step(ids[:, position], cache, jnp.asarray(position))
         checks.close(logits, whole[:, position], 1e-5, f"position {position}")
 
 
