@@ -1,12 +1,12 @@
-"""Generate: token after token. Whisper's transcript and the LLM's answer, each with a cache.
+"""Autoregressive decoding with a KV cache: Whisper's transcripts and the LLM's answers.
 
-    prefill: all that was said -> keys and values of every layer, and the first token
-    step:    one token -> the next one; the cache grows by a position
+    prefill      the prompt -> keys and values of every layer, and the first token
+    decode step  one token -> the next token; the cache grows by one position
 
-A transformer that writes must look back at what it wrote. The keys and values of the past do not
-change, so they are kept (the KV cache) and each step computes one position alone. On the device all
-steps are one compiled loop (`lax.while_loop`) until every row has met its stop token; to show words
-while they come, `stream` calls one compiled step at a time.
+Keys and values of earlier positions do not change, so they are cached, and each step computes one
+position. `greedy_decode` and `generate` run all steps as one compiled loop (`lax.while_loop`) until
+every row has produced a stop token. `stream` calls one compiled step at a time, to show tokens as
+they are generated.
 
 Axes: B batch, S audio samples, L positions, E width of the LLM, V vocabulary.
 Reads: whisper.py, llama.py, weights.py.   Read next: connector.py.
@@ -17,23 +17,33 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tokenizers import Tokenizer
 
 import weights
 from formats import audio_files, model_config
-from llama import Chat, Llama
-from runtime import cli, files, sharding
-from whisper import Encoder, Whisper, WhisperConfig, log_mel
+from formats.decoding_rules import decoding_rules
+from llama import Cache, Chat, Llama
+from runtime import cli, sharding
+from whisper import DecoderCache, Encoder, Whisper, WhisperConfig, log_mel
 
 # ---------------------------------------------------------------------------------------------
-# The transcript of a Whisper, greedily
+# Whisper: greedy transcripts
+
+
+class TranscriptState(NamedTuple):
+    """Loop state of `greedy_decode`."""
+
+    position: Int[Array, ""]  # of the last token that is decided
+    tokens: Int[Array, "B L"]
+    done: Bool[Array, "B"]  # rows that have produced the end token
+    cache: DecoderCache
 
 
 @sharding.use_model_mesh
@@ -47,128 +57,67 @@ def greedy_decode(
     begin_suppress: tuple[int, ...],
     max_length: int,
 ) -> Int[Array, "B L"]:
-    """Token ids [B, max_length] that begin with `forced` and are filled up with the end token.
+    """Token ids [B, max_length]: the `forced` tokens, the transcript, then end tokens as padding.
 
-    One compiled loop with a cache, until every clip has ended. `suppress` tokens are never chosen,
-    `begin_suppress` ones (an empty transcript) not as the first free token.
+    One compiled loop with a KV cache, until every clip has ended.
+
+    Args:
+        forced: start, language and task tokens.
+        suppress: tokens that are never chosen.
+        begin_suppress: tokens that are not chosen as the first one of the transcript, such as the
+            end token.
+        max_length: number of tokens, including the forced ones.
     """
     end = model.config.eos_token_id
+
+    # Biases that are added to the logits: -inf for suppressed tokens.
     vocabulary = np.arange(model.config.vocab_size)
-    banned = np.where(np.isin(vocabulary, suppress), -np.inf, 0.0)
-    banned_first = np.where(np.isin(vocabulary, begin_suppress), -np.inf, banned)
-    banned, banned_first = jnp.asarray(banned, jnp.float32), jnp.asarray(banned_first, jnp.float32)
+    bias = np.where(np.isin(vocabulary, suppress), -np.inf, 0.0)
+    first_bias = np.where(np.isin(vocabulary, begin_suppress), -np.inf, bias)
+    bias = jnp.asarray(bias, jnp.float32)
+    first_bias = jnp.asarray(first_bias, jnp.float32)
+
+    # Encode the audio.
     mel_of = functools.partial(log_mel, num_mel_bins=model.config.num_mel_bins)
     mel = sharding.shard_map_batch(mel_of, audio)
     states = model.encoder(mel.astype(model.encoder.conv1.weight.dtype))
 
-    def body(state):
+    def is_running(state: TranscriptState) -> Bool[Array, ""]:
+        return (state.position < max_length - 1) & ~state.done.all()
+
+    def decode_next(state: TranscriptState) -> TranscriptState:
         position, tokens, done, cache = state
-        logits, cache = model.decoder.step(tokens[:, position], cache, position)
-        # kept apart: XLA would fuse the sum into the product, and run that on one core of a CPU
+        logits, cache = model.decoder.decode_step(tokens[:, position], cache, position)
+        # Without the barrier, XLA fuses the addition into the matmul, which then runs on a single
+        # CPU core.
         logits = jax.lax.optimization_barrier(logits)
-        first = position + 1 == len(forced)
-        chosen = (logits.astype(jnp.float32) + jnp.where(first, banned_first, banned)).argmax(-1)
-        chosen = jnp.where(done, end, chosen)
-        chosen = jnp.where(position + 1 < len(forced), tokens[:, position + 1], chosen)
-        done = done | ((position + 1 >= len(forced)) & (chosen == end))
-        return position + 1, tokens.at[:, position + 1].set(chosen), done, cache
 
-    def going(state):
-        return (state[0] < max_length - 1) & ~state[2].all()
+        # The next token: forced, or the most likely one, or the end token after the end.
+        is_first = position + 1 == len(forced)
+        biased = logits.astype(jnp.float32) + jnp.where(is_first, first_bias, bias)
+        next_ids = jnp.where(done, end, biased.argmax(-1))
+        next_ids = jnp.where(position + 1 < len(forced), tokens[:, position + 1], next_ids)
 
-    start = jnp.full((len(audio), max_length), end).at[:, : len(forced)].set(jnp.asarray(forced))
-    cache = model.decoder.empty_cache(states, max_length)
-    done = jnp.zeros(len(audio), bool)
-    return jax.lax.while_loop(going, body, (jnp.asarray(0), start, done, cache))[1]
-
-
-def decoding_rules(folder: Path, config: WhisperConfig, language: str) -> dict[str, Any]:
-    """The arguments of `greedy` that a model's files set; it transcribes without times.
-
-    Multilingual files name tokens for the language and the task; older and English-only ones list
-    forced_decoder_ids instead, in generation_config.json or in config.json. Raises ValueError for a
-    language that the model does not know, or what is not computed here.
-    """
-    file, rules = model_config.transcribing(folder)
-
-    def tokens(key: str, rows: int | None = config.vocab_size) -> tuple[int, ...]:
-        return model_config.token_ids(file, key, rules.get(key), rows)
-
-    def named(key: str) -> dict[str, int]:
-        return model_config.mapping(file, key, rules.get(key), config.vocab_size)
-
-    if tokens("eos_token_id") not in ((), (config.eos_token_id,)):
-        raise ValueError(
-            f"{file}: eos_token_id is {rules['eos_token_id']!r}; expected {config.eos_token_id}, "
-            "as in config.json. Download both again."
+        return TranscriptState(
+            position=position + 1,
+            tokens=tokens.at[:, position + 1].set(next_ids),
+            done=done | ((position + 1 >= len(forced)) & (next_ids == end)),
+            cache=cache,
         )
-    start = (config.decoder_start_token_id,)
-    for key, ids in (("eos_token_id", config.eos_token_id), ("decoder_start_token_id", *start)):
-        model_config.token_ids(folder / "config.json", key, ids, config.vocab_size)
-    forced = [*(tokens("decoder_start_token_id") or start)]
-    languages = named("lang_to_id") if rules.get("is_multilingual", True) else {}
-    if languages:
-        if f"<|{language}|>" not in languages:
-            known = ", ".join(sorted(name.strip("<|>") for name in languages))
-            raise ValueError(f"{file}: no language {language!r}; expected one of {known}.")
-        forced.append(languages[f"<|{language}|>"])
-        forced += [id for task, id in named("task_to_id").items() if task == "transcribe"]
-    elif language != "en":
-        why = "no lang_to_id" if rules.get("is_multilingual", True) else "an English-only model"
-        raise ValueError(
-            f"{file}: {why}, so language {language!r} cannot be set; expected 'en'. Leave the "
-            "language out, or use a multilingual model, such as openai/whisper-base."
-        )
-    else:
-        forced += _older_forced(folder, file, rules, config)
-    if (without_times := tokens("no_timestamps_token_id")) != tuple(forced[-1:]):
-        forced += without_times
-    return {
-        "forced": tuple(forced),
-        "suppress": tokens("suppress_tokens", None),
-        "begin_suppress": tokens("begin_suppress_tokens", None),
-        "max_length": _longest(file, rules, len(forced), config.max_target_positions),
-    }
 
-
-def _longest(file: Path, rules: dict[str, Any], forced: int, positions: int) -> int:
-    """Tokens of the longest transcript, the `forced` ones at its head included."""
-    # as transformers counts them: both are tokens beside the forced ones
-    counts = [model_config.count(file, key, rules) for key in ("max_new_tokens", "max_length")]
-    whole = min(forced + (counts[0] or counts[1] or positions), positions)
-    if whole <= forced:
-        raise ValueError(
-            f"{file}: {forced} tokens are forced; expected fewer than the model's {positions} "
-            "positions."
-        )
-    return whole
-
-
-def _older_forced(
-    folder: Path, file: Path, rules: dict[str, Any], config: WhisperConfig
-) -> list[int]:
-    """The tokens of forced_decoder_ids: [[1, id], [2, id], ...]; an id of null is left out.
-
-    A generation_config.json without the key leaves it to config.json."""
-    pairs = rules.get("forced_decoder_ids")
-    if not pairs and file.name != "config.json":
-        file = folder / "config.json"
-        pairs = files.read_json(file).get("forced_decoder_ids")
-    pairs = pairs or []
-    if not isinstance(pairs, list) or [
-        pair[:1] if isinstance(pair, list) and len(pair) == 2 else pair for pair in pairs
-    ] != [[at] for at in range(1, len(pairs) + 1)]:
-        raise ValueError(
-            f"{file}: forced_decoder_ids is {pairs!r}; expected [[1, id], [2, id], ...]. Download "
-            "it again."
-        )
-    ids = [token for _, token in pairs if token is not None]
-    return [*model_config.token_ids(file, "forced_decoder_ids", ids, config.vocab_size)]
+    tokens = jnp.full((len(audio), max_length), end)
+    start = TranscriptState(
+        position=jnp.asarray(0),
+        tokens=tokens.at[:, : len(forced)].set(jnp.asarray(forced)),
+        done=jnp.zeros(len(audio), bool),
+        cache=model.decoder.empty_cache(states, cache_length=max_length),
+    )
+    return jax.lax.while_loop(is_running, decode_next, start).tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcriber:
-    """A Whisper with its tokenizer and the rules by which its files let it write."""
+    """A Whisper with its tokenizer and its decoding rules."""
 
     model: Whisper
     tokenizer: Tokenizer
@@ -182,18 +131,26 @@ class Transcriber:
         place: Callable = lambda template: template,
         encoder: Encoder | None = None,
     ) -> "Transcriber":
-        """`encoder`: the same one, if it is in memory already. Raises FileNotFoundError without
-        tokenizer.json, ValueError for an unknown language."""
+        """Load a published model.
+
+        Args:
+            place: adds shardings to the template's arrays.
+            encoder: this model's encoder, if it is in memory already.
+
+        Raises:
+            FileNotFoundError: tokenizer.json is missing.
+            ValueError: the model does not support the language.
+        """
+        # Check everything else before reading the weights.
         folder = weights.resolve(path)
-        tokenizer, config = (
-            model_config.tokenizer(folder),
-            weights.read_config(WhisperConfig, folder),
-        )
-        rules = decoding_rules(folder, config, language)  # refused before weights are read
+        tokenizer = model_config.tokenizer(folder)
+        config = weights.read_config(WhisperConfig, folder)
+        rules = decoding_rules(folder, config, language)
+
         model = Whisper.load(folder, dtype, place)
         if encoder is not None:
             model = dataclasses.replace(model, encoder=encoder)
-        return Transcriber(model, tokenizer, rules)
+        return Transcriber(model=model, tokenizer=tokenizer, rules=rules)
 
     def __call__(self, audio: Float[Array, "B S"]) -> list[str]:
         """Transcripts of audio that is padded to the model's window."""
@@ -203,8 +160,10 @@ class Transcriber:
 
 
 def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[str]:
-    """Of a recording, or, if it is `long`, of each of its parts. Raises ValueError or
-    FileNotFoundError; what cannot be heard is refused before weights are read."""
+    """Transcribe a recording; if `long`, split it and yield one transcript per part.
+
+    Raises ValueError or FileNotFoundError; checks the recording before reading the weights.
+    """
     folder = weights.resolve(model)
     window = weights.read_config(WhisperConfig, folder).window_samples
     parts = audio_files.windows(clip, window, long)
@@ -214,25 +173,39 @@ def transcripts(clip: Path, model: str, language: str, long: bool) -> Iterator[s
 
 
 # ---------------------------------------------------------------------------------------------
-# The answer of an LLM
+# LLM: sampled or greedy answers
 
 
 def sample(
     logits: Float[Array, "B V"], temperature: float, top_p: float, key: PRNGKeyArray
 ) -> Int[Array, "B"]:
-    """The next token: the likeliest at temperature 0, else drawn from the nucleus.
+    """The next token: the most likely one at temperature 0, else drawn by nucleus sampling.
 
-    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`.
+    The nucleus is the smallest set of most likely tokens whose probabilities sum to `top_p`.
     """
     if temperature == 0.0:
         return logits.argmax(-1)
+
+    # Sort by probability, and drop the tokens after the nucleus.
     logits = logits / temperature
     order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, -1)
-    before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
-    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    cumulative = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)  # exclusive
+    ranked = jnp.where(cumulative < top_p, ranked, -jnp.inf)
+
+    # Draw a rank, and look up its token.
     rank = jax.random.categorical(key, ranked)
-    return jnp.take_along_axis(order, rank[:, None], -1)[:, 0]
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+
+
+class AnswerState(NamedTuple):
+    """Loop state of `generate`."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B new"]
+    ids: Int[Array, "B"]  # sampled, not yet in `tokens`
+    stopped: Bool[Array, "B"]  # rows that have produced a stop token
+    cache: Cache
 
 
 @sharding.use_model_mesh
@@ -248,33 +221,46 @@ def generate(
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> Int[Array, "B new"]:
-    """Answer each right-padded row: prefill, then one compiled loop until all rows have stopped.
+    """Generate an answer for each right-padded row: prefill, then one compiled decoding loop.
 
-    The first stop token of a row and all that would follow it are `stop_ids[0]`. A row's tokens do
-    not depend on the other rows or on its padding. Sampling (temperature > 0) needs a `key`.
+    After its first stop token, a row is filled with `stop_ids[0]`. A row's tokens do not depend on
+    the other rows or on its padding. Sampling (temperature > 0) needs a `key`.
     """
     if temperature > 0 and key is None:
         raise ValueError(f"temperature {temperature} without a key; expected a jax.random.key.")
     key = jax.random.key(0) if key is None else key
     stops = jnp.asarray(stop_ids)
 
-    def pick(hidden, step):
-        return sample(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+    def sample_at(hidden: Float[Array, "B E"], step: int | Int[Array, ""]) -> Int[Array, "B"]:
+        step_key = jax.random.fold_in(key, step)
+        return sample(llm.logits(hidden), temperature, top_p=top_p, key=step_key)
 
-    def body(state):
+    def is_running(state: AnswerState) -> Bool[Array, ""]:
+        return (state.step < max_new_tokens) & ~state.stopped.all()
+
+    def decode_next(state: AnswerState) -> AnswerState:
         step, tokens, ids, stopped, cache = state
         stopped |= (ids[:, None] == stops).any(-1)
         tokens = tokens.at[:, step].set(jnp.where(stopped, stops[0], ids))
-        hidden, cache = llm.step(ids, lengths + step, cache)
-        return step + 1, tokens, pick(hidden, step + 1), stopped, cache
 
-    def going(state):
-        return (state[0] < max_new_tokens) & ~state[3].all()
+        hidden, cache = llm.step(ids, lengths + step, cache)
+        return AnswerState(
+            step=step + 1,
+            tokens=tokens,
+            ids=sample_at(hidden, step + 1),
+            stopped=stopped,
+            cache=cache,
+        )
 
     hidden, cache = llm.prefill(embeds, lengths, room=max_new_tokens)
-    tokens = jnp.full((len(embeds), max_new_tokens), stops[0])
-    start = (0, tokens, pick(hidden, 0), jnp.zeros(len(embeds), bool), cache)
-    return jax.lax.while_loop(going, body, start)[1]
+    start = AnswerState(
+        step=0,
+        tokens=jnp.full((len(embeds), max_new_tokens), stops[0]),
+        ids=sample_at(hidden, 0),
+        stopped=jnp.zeros(len(embeds), bool),
+        cache=cache,
+    )
+    return jax.lax.while_loop(is_running, decode_next, start).tokens
 
 
 def stream(
@@ -288,12 +274,19 @@ def stream(
     top_p: float = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[int]:
-    """The tokens of `generate` for one row, each as soon as it is known, up to a stop token."""
+    """Yield the tokens of `generate` for one row as they are generated, without the stop token."""
     key = jax.random.key(0) if key is None else key
     hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
     for step in range(max_new_tokens):
         ids, hidden, cache = decode_one_token(
-            llm, hidden, cache, lengths, step, key, temperature, top_p
+            llm,
+            hidden,
+            cache=cache,
+            lengths=lengths,
+            step=step,
+            key=key,
+            temperature=temperature,
+            top_p=top_p,
         )
         token = int(ids[0])
         if token in stop_ids:
@@ -308,37 +301,49 @@ _prefill = sharding.use_model_mesh(jax.jit(Llama.prefill, static_argnames="room"
 @functools.partial(
     jax.jit, static_argnames=("temperature", "top_p"), donate_argnames=("hidden", "cache")
 )
-def decode_one_token(llm, hidden, cache, lengths, step, key, temperature, top_p):
-    """Choose a token and go one step on: a single call, so that the device need not wait."""
-    ids = sample(llm.logits(hidden), temperature, top_p, jax.random.fold_in(key, step))
+def decode_one_token(
+    llm: Llama,
+    hidden: Float[Array, "B E"],
+    cache: Cache,
+    lengths: Int[Array, "B"],
+    step: Int[Array, ""],
+    key: PRNGKeyArray,
+    temperature: float,
+    top_p: float,
+) -> tuple[Int[Array, "B"], Float[Array, "B E"], Cache]:
+    """Sample a token and feed it to the LLM, in one call so that the device does not wait."""
+    step_key = jax.random.fold_in(key, step)
+    ids = sample(llm.logits(hidden), temperature, top_p=top_p, key=step_key)
     return ids, *llm.step(ids, lengths + step, cache)
 
 
 def pad_to_bucket(length: int) -> int:
-    """How many positions a prompt is given: a power of two, so that few lengths are compiled."""
+    """Padded length of a prompt: a power of two, so that few lengths are compiled."""
     return max(64, 1 << (length - 1).bit_length())
 
 
 def padded_row(ids: Sequence[int]) -> Int[np.ndarray, "1 L"]:
-    """The ids of a prompt with its padding behind."""
-    return np.pad(np.array([ids], np.int32), ((0, 0), (0, pad_to_bucket(len(ids)) - len(ids))))
+    """One prompt as a batch of one row, right-padded."""
+    padding = pad_to_bucket(len(ids)) - len(ids)
+    return np.pad(np.array([ids], np.int32), ((0, 0), (0, padding)))
 
 
 def insert_virtual_tokens(
     embeds: Float[Array, "B L E"], virtual: Float[Array, "B Q E"], starts: Int[Array, "B"]
 ) -> Float[Array, "B L E"]:
-    """Prompts with the virtual tokens written over the holes that begin at `starts`."""
-    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0)))
+    """Prompts with the virtual tokens written over the placeholders that begin at `starts`."""
+    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
     return sharding.shard_map_batch(write, embeds, virtual.astype(embeds.dtype), starts)
 
 
 def text_pieces(chat: Chat, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode a stream of tokens into pieces of text, never a broken character.
+    """Decode a stream of tokens into pieces of text, without incomplete characters.
 
-    A token can end inside a character of several bytes, which decodes to U+FFFD until the rest has
-    come: such an ending is held back.
+    A token can end inside a multi-byte character, which decodes to U+FFFD until the remaining bytes
+    have arrived: such an ending is buffered.
     """
-    ids, shown = [], ""
+    ids = []
+    shown = ""
     for token in tokens:
         ids.append(token)
         text = chat.decode(ids)
@@ -351,14 +356,15 @@ def text_pieces(chat: Chat, tokens: Iterator[int]) -> Iterator[str]:
 def prompt_ids(
     llm: Llama, chat: Chat, question: str, system: str | None, max_new_tokens: int
 ) -> list[int]:
-    """Tokens of a question in its template. Raises ValueError if the context is too short."""
+    """Token ids of a question in the chat template. Raises ValueError if it is too long."""
     prefix, suffix = chat.wrap(system)
     ids = [*prefix, *chat.encode(question), *suffix]
-    most = llm.config.max_position_embeddings
-    if len(ids) + max_new_tokens > most:
+    context_length = llm.config.max_position_embeddings
+    if len(ids) + max_new_tokens > context_length:
         raise ValueError(
             f"the question has {len(ids)} tokens with its template; expected at most "
-            f"{most - max_new_tokens} ({most} positions less {max_new_tokens} for the answer). "
+            f"{context_length - max_new_tokens} ({context_length} positions less {max_new_tokens} "
+            "for the answer). "
             "Ask something shorter."
         )
     return ids
@@ -367,9 +373,10 @@ def prompt_ids(
 def answer(
     llm: Llama, chat: Chat, question: str, system: str | None = None, max_new_tokens: int = 256
 ) -> Iterator[str]:
-    """Stream the greedy answer to a question. Raises ValueError if the context is too short."""
-    ids = prompt_ids(llm, chat, question, system, max_new_tokens)
-    embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
+    """Stream the greedy answer to a question, as text. Raises ValueError if it is too long."""
+    ids = prompt_ids(llm, chat, question=question, system=system, max_new_tokens=max_new_tokens)
+    embeds = llm.embed(jnp.asarray(padded_row(ids)))
+    lengths = jnp.asarray([len(ids)])
     tokens = stream(llm, embeds, lengths, max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids)
     return text_pieces(chat, tokens)
 
@@ -380,31 +387,50 @@ def main(
     system: str | None = None,
     max_new_tokens: int = 256,
 ) -> None:
-    """Watch an LLM answer: a line for each token, with its probability and the time it took.
+    """Answer a question; prints each token with its probability, latency and runner-up.
 
     Args:
-        question: what the user says.
+        question: the user's message.
         model: folder or Hugging Face repo id.
-        system: instruction in the system turn.
-        max_new_tokens: the answer stops here at the latest.
+        system: system prompt.
+        max_new_tokens: maximum length of the answer, in tokens.
     """
-    chat, dtype = Chat.load(model), sharding.compute_dtype(jax.default_backend())
-    llm = Llama.load(model, dtype, sharding.shard_params_locally)
-    ids = prompt_ids(llm, chat, question, system, max_new_tokens)
-    embeds, lengths = llm.embed(jnp.asarray(padded_row(ids))), jnp.asarray([len(ids)])
+    chat = Chat.load(model)
+    dtype = sharding.compute_dtype(jax.default_backend())
+    llm = Llama.load(model, dtype, place=sharding.shard_params_locally)
+
+    # Prefill.
+    ids = prompt_ids(llm, chat, question=question, system=system, max_new_tokens=max_new_tokens)
+    embeds = llm.embed(jnp.asarray(padded_row(ids)))
+    lengths = jnp.asarray([len(ids)])
     hidden, cache = _prefill(llm, embeds, lengths, max_new_tokens)
+
+    # Decode token by token.
     print(f"{'token':16} {'p':>6} {'ms':>8}   the runner-up")
     for step in range(max_new_tokens):
-        began = time.perf_counter()
-        p = jax.nn.softmax(llm.logits(hidden))[0]
-        second, first = (int(i) for i in jnp.argsort(p)[-2:])
+        # The two most likely tokens.
+        start_time = time.perf_counter()
+        probs = jax.nn.softmax(llm.logits(hidden))[0]
+        second, first = (int(i) for i in jnp.argsort(probs)[-2:])
+
         _, hidden, cache = decode_one_token(
-            llm, hidden, cache, lengths, step, jax.random.key(0), 0.0, 1.0
+            llm,
+            hidden,
+            cache=cache,
+            lengths=lengths,
+            step=step,
+            key=jax.random.key(0),
+            temperature=0.0,
+            top_p=1.0,
         )
         jax.block_until_ready(hidden)
-        took = 1e3 * (time.perf_counter() - began)
-        name, other = (chat.tokenizer.id_to_token(i) for i in (first, second))
-        print(f"{name:16} {float(p[first]):6.3f} {took:8.2f}   {other} {float(p[second]):.3f}")
+        milliseconds = 1e3 * (time.perf_counter() - start_time)
+
+        token, runner_up = (chat.tokenizer.id_to_token(i) for i in (first, second))
+        print(
+            f"{token:16} {float(probs[first]):6.3f} {milliseconds:8.2f}   "
+            f"{runner_up} {float(probs[second]):.3f}"
+        )
         if first in chat.stop_ids:
             break
 

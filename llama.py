@@ -136,7 +136,7 @@ class Attention(eqx.Module):
         )
         queries, keys = rotate(queries, angles), rotate(keys, angles)
         if cache is None:
-            heard = attention.attend(queries, keys, values, causal=True, before=before)
+            heard = attention.attend(queries, keys, values, causal=True, prefix_kv=before)
             return self.o_proj(heard.reshape(*x.shape[:2], -1)), (keys, values)
         n, positions, cached = cache
         queries, *new = sharding.gather_to_batch((queries, keys, values))

@@ -1,15 +1,16 @@
-"""Whisper: sound to text. Log-mel spectrogram, encoder, decoder.
+"""Whisper: audio to text. Log-mel spectrogram, encoder, decoder.
 
     audio [B, S] -> log_mel [B, F, M] -> Encoder [B, T, D] -> Decoder [B, L, D] -> logits [B, L, V]
 
-Axes: B batch, S audio samples (16 kHz), F mel frames (100 a second), M mel bins, T encoder
+Axes: B batch, S audio samples (16 kHz), F mel frames (100 per second), M mel bins, T encoder
 positions (F / 2), L text tokens, D width (d_model), H heads, K head width, V vocabulary, N layers.
 
-The encoder hears, the decoder writes. DiVA keeps the encoder frozen and turns the decoder into its
-connector. Attribute names are the published tensor names.
+The encoder turns audio into states; the decoder predicts the transcript from them. DiVA keeps the
+encoder frozen and initialises its connector from the decoder. Attribute names are the published
+tensor names.
 
-Annex: `attention.attend` is softmax attention, `sharding.run_layers` scans over a stack of layers,
-`settings` refuses what a file asks for and nothing computes.
+Support code: `attention.attend` computes softmax attention, `sharding.run_layers` scans over a
+stack of layers, `model_config` refuses config values that are not implemented here.
 Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision".
 Reads: weights.py.   Read next: llama.py.
 """
@@ -19,29 +20,87 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import weights
 from formats import model_config
 from runtime import attention, cli, sharding
 from weights import Embedding, Linear
 
+# ---------------------------------------------------------------------------------------------
+# Log-mel spectrogram
+
 SAMPLE_RATE = 16_000
-N_FFT = 400  # samples of one analysis window: 25 ms
+N_FFT = 400  # samples per analysis window: 25 ms
 HOP_LENGTH = 160  # samples from one mel frame to the next: 10 ms
 FRAMES_PER_POSITION = 2  # the second convolution has stride 2
 
 
+def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F M"]:
+    """Log-mel spectrogram of audio that is already padded to the window; F = S / 160.
+
+    Same as the published feature extractor: reflected edges, power spectrum, log10 limited to 8
+    decades below each clip's loudest bin, then (x + 4) / 4.
+    """
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
+    window = hann.astype(np.float32)
+
+    def log_mel_of_clip(clip: Float[Array, "S"]) -> Float[Array, "F M"]:
+        padded = jnp.pad(clip.astype(jnp.float32), N_FFT // 2, mode="reflect")
+
+        # A window is two and a half hops long: build the frames from three shifted views, because
+        # a gather is slow on TPUs.
+        num_frames = len(clip) // HOP_LENGTH
+        hops = padded[: (num_frames + 2) * HOP_LENGTH].reshape(num_frames + 2, HOP_LENGTH)
+        frames = jnp.concatenate(
+            [hops[:-2], hops[1:-1], hops[2:, : N_FFT - 2 * HOP_LENGTH]], axis=-1
+        )
+        spectrum = jnp.fft.rfft(frames * window)
+        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+        # Highest precision: by default TPUs multiply in bfloat16 and lose the quiet bins.
+        mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
+        log = jnp.log10(jnp.maximum(mel, 1e-10))
+        return (jnp.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+
+    # One clip at a time: the spectra of the whole batch would take seven times the memory of the
+    # audio, and twice the time on a CPU.
+    return jax.lax.map(log_mel_of_clip, audio)
+
+
+@functools.cache
+def mel_filters(num_mel_bins: int) -> np.ndarray:
+    """Triangular filters [201, M] on Slaney's mel scale: linear below 1 kHz, logarithmic above."""
+    # Filter edges: 15 mels up to 1 kHz, then 27 mels from 1 kHz to 6.4 kHz.
+    log_step = math.log(6.4) / 27
+    max_mel = 15 + math.log(SAMPLE_RATE / 2 / 1000) / log_step
+    mels = np.linspace(0, max_mel, num_mel_bins + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+
+    # Triangles that rise to the next edge and fall to the one after it.
+    frequencies = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    triangles = np.maximum(0, np.minimum(rising, falling))
+
+    # Normalise all triangles to equal area.
+    return (triangles * 2 / (edges[2:] - edges[:-2])).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+
+
 @dataclasses.dataclass(frozen=True)
 class WhisperConfig:
-    """The sizes of a Whisper, under the names of the published config.json."""
+    """Sizes and token ids of a Whisper, with the field names of the published config.json."""
 
     d_model: int
     encoder_layers: int
@@ -64,54 +123,8 @@ class WhisperConfig:
 
     @property
     def window_samples(self) -> int:
-        """Samples that the encoder takes: 480,000 (30 s) in the published models."""
+        """Audio samples per encoder window: 480,000 (30 s) in the published models."""
         return self.max_source_positions * FRAMES_PER_POSITION * HOP_LENGTH
-
-
-# ---------------------------------------------------------------------------------------------
-# Log-mel spectrogram
-
-
-@functools.cache
-def mel_filters(num_mel_bins: int) -> np.ndarray:
-    """Triangular filters [201, M] on Slaney's mel scale: linear below 1 kHz, logarithmic above."""
-    step = math.log(6.4) / 27  # 27 mels from 1 kHz to 6.4 kHz; 15 mels to 1 kHz
-    top = 15 + math.log(SAMPLE_RATE / 2 / 1000) / step
-    mels = np.linspace(0, top, num_mel_bins + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (mels - 15)))
-    frequencies = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)[:, None]
-    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
-    triangles = np.maximum(0, np.minimum(rising, falling))
-    return (triangles * 2 / (edges[2:] - edges[:-2])).astype(np.float32)  # equal area
-
-
-def log_mel(audio: Float[Array, "B S"], num_mel_bins: int) -> Float[Array, "B F M"]:
-    """Log-mel spectrogram of audio that is already padded to the window; F = S / 160.
-
-    As the published feature extractor: reflected edges, power spectrum, log10 with 8 decades of
-    range below each clip's loudest bin, then (x + 4) / 4.
-    """
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
-
-    def one(clip: Float[Array, "S"]) -> Float[Array, "F M"]:
-        padded = jnp.pad(clip.astype(jnp.float32), N_FFT // 2, mode="reflect")
-        # A window is two and a half hops long: three shifted views, not a gather, at which TPUs
-        # crawl.
-        count = len(clip) // HOP_LENGTH
-        hops = padded[: (count + 2) * HOP_LENGTH].reshape(count + 2, HOP_LENGTH)
-        frames = jnp.concatenate(
-            [hops[:-2], hops[1:-1], hops[2:, : N_FFT - 2 * HOP_LENGTH]], axis=-1
-        )
-        spectrum = jnp.fft.rfft(frames * hann.astype(np.float32))
-        power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-        # Highest precision: TPUs would otherwise multiply in bfloat16 and lose the quiet bins.
-        mel = jnp.matmul(power, mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST)
-        log = jnp.log10(jnp.maximum(mel, 1e-10))
-        return (jnp.maximum(log, log.max() - 8.0) + 4.0) / 4.0
-
-    # Clip by clip: all spectra at once would be seven times the audio, and on a CPU half as fast.
-    return jax.lax.map(one, audio)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,10 +138,10 @@ class LayerNorm(eqx.Module):
     bias: Float[Array, "*N D"]
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-        return (normal * self.weight + self.bias).astype(x.dtype)
+        x_f32 = x.astype(jnp.float32)
+        centred = x_f32 - x_f32.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return (normed * self.weight + self.bias).astype(x.dtype)
 
 
 class Conv(eqx.Module):
@@ -139,9 +152,12 @@ class Conv(eqx.Module):
     stride: int = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "B F in"]) -> Float[Array, "B T out"]:
-        kernel = self.weight.astype(x.dtype)
         y = jax.lax.conv_general_dilated(
-            x, kernel, (self.stride,), [(1, 1)], dimension_numbers=("NWC", "OIW", "NWC")
+            x,
+            self.weight.astype(x.dtype),
+            window_strides=(self.stride,),
+            padding=[(1, 1)],
+            dimension_numbers=("NWC", "OIW", "NWC"),
         )
         return y + self.bias.astype(x.dtype)
 
@@ -155,39 +171,48 @@ class Attention(eqx.Module):
     out_proj: Linear
     heads: int = eqx.field(static=True)
 
-    def split(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
-
-    def keys_values(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+    def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
+        """Self-attention."""
+        keys, values = self.keys_values(x)
+        return self.attend(x, keys=keys, values=values, causal=causal)
 
     def attend(
         self,
         x: Float[Array, "B L D"],
+        *,
         keys: Float[Array, "B T H K"],
         values: Float[Array, "B T H K"],
         causal: bool = False,
     ) -> Float[Array, "B L D"]:
-        """The queries of x over given keys and values; scores and softmax in f32."""
-        queries = self.split(self.q_proj(x))
-        heard = attention.attend(queries, keys, values, causal)
-        return self.out_proj(heard.reshape(x.shape))
+        """Attend from x to the keys and values; scores and softmax are in f32."""
+        queries = self.split_heads(self.q_proj(x))
+        output = attention.attend(queries, keys, values, causal=causal)
+        return self.out_proj(output.reshape(x.shape))
 
-    def attend_one(self, x, keys, values, seen=None):
-        """The same for one position, x [B, 1, D], over a cache [B, H, T, K] that is kept head by
-        head, or over what of it is `seen` [1, T]."""
-        queries = sharding.gather_to_batch(self.split(self.q_proj(x))[:, 0])
-        heard = attention.attend_one(queries, keys, values, seen).reshape(x.shape)
-        return self.out_proj(sharding.broadcast_to_param_shards(heard))
+    def attend_one(
+        self,
+        x: Float[Array, "B 1 D"],
+        *,
+        keys: Float[Array, "B H T K"],
+        values: Float[Array, "B H T K"],
+        mask: Bool[Array, "1 T"] | None = None,
+    ) -> Float[Array, "B 1 D"]:
+        """Attend from one position to a KV cache, or to the cache positions in `mask`."""
+        queries = sharding.gather_to_batch(self.split_heads(self.q_proj(x))[:, 0])
+        output = attention.attend_one(queries, keys, values, mask=mask).reshape(x.shape)
+        return self.out_proj(sharding.broadcast_to_param_shards(output))
 
-    def __call__(self, x: Float[Array, "B L D"], causal: bool = False) -> Float[Array, "B L D"]:
-        return self.attend(x, *self.keys_values(x), causal=causal)
+    def keys_values(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+        return self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
+
+    def split_heads(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class EncoderLayer(eqx.Module):
-    """Self-attention over the whole window, then an MLP; each behind a norm, each added back."""
+    """Self-attention over the whole window, then feed-forward; pre-norm, with residuals."""
 
     self_attn: Attention
     self_attn_layer_norm: LayerNorm
@@ -200,8 +225,11 @@ class EncoderLayer(eqx.Module):
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
 
 
+KeysValues = tuple[Array, Array]  # keys and values, of the same shape
+
+
 class DecoderLayer(eqx.Module):
-    """Causal self-attention, cross-attention to the encoder's states, MLP."""
+    """Causal self-attention, cross-attention to the encoder states, feed-forward; pre-norm."""
 
     self_attn: Attention
     self_attn_layer_norm: LayerNorm
@@ -215,39 +243,68 @@ class DecoderLayer(eqx.Module):
         self, x: Float[Array, "B L D"], states: Float[Array, "B T D"]
     ) -> Float[Array, "B L D"]:
         x = x + self.self_attn(self.self_attn_layer_norm(x), causal=True)
-        heard = self.encoder_attn.keys_values(states)
-        return self.think(x + self.encoder_attn.attend(self.encoder_attn_layer_norm(x), *heard))
 
-    def step(self, x, n, said, cross, position):
-        """One token [B, 1, D] at `position` of layer n, with all layers' keys and values of what
-        was `said`, where those of the token are written in place, and its own `cross`."""
-        normal = self.self_attn_layer_norm(x)
-        new = sharding.gather_to_batch(heads_first(self.self_attn.keys_values(normal)))
-        said = tuple(
-            jax.lax.dynamic_update_slice(old, one[None], (n, 0, 0, position, 0))
-            for old, one in zip(said, new, strict=True)
+        keys, values = self.encoder_attn.keys_values(states)
+        queries = self.encoder_attn_layer_norm(x)
+        x = x + self.encoder_attn.attend(queries, keys=keys, values=values)
+
+        return self.feed_forward(x)
+
+    def decode_step(
+        self,
+        x: Float[Array, "B 1 D"],
+        *,
+        layer_index: Int[Array, ""],
+        self_kv: KeysValues,
+        cross_kv: KeysValues,
+        position: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], KeysValues]:
+        """One token at `position`; also returns `self_kv` with its keys and values.
+
+        Args:
+            self_kv: self-attention cache of all layers, [N, B, H, L, K], updated in place at
+                `layer_index`.
+            cross_kv: cross-attention cache of this layer, [B, H, T, K].
+        """
+        # Write the new keys and values into the cache.
+        normed = self.self_attn_layer_norm(x)
+        new_kv = sharding.gather_to_batch(heads_first(self.self_attn.keys_values(normed)))
+        self_kv = tuple(
+            jax.lax.dynamic_update_slice(old, new[None], (layer_index, 0, 0, position, 0))
+            for old, new in zip(self_kv, new_kv, strict=True)
         )
-        seen = jnp.arange(said[0].shape[3])[None] <= position
-        x = x + self.self_attn.attend_one(normal, *(kv[n] for kv in said), seen)
-        x = x + self.encoder_attn.attend_one(self.encoder_attn_layer_norm(x), *cross)
-        return sharding.broadcast_to_param_shards(self.think(x)), said
 
-    def think(self, x):
+        # Self-attention over the positions so far.
+        mask = jnp.arange(self_kv[0].shape[3])[None] <= position
+        keys, values = (kv[layer_index] for kv in self_kv)
+        x = x + self.self_attn.attend_one(normed, keys=keys, values=values, mask=mask)
+
+        # Cross-attention, feed-forward.
+        keys, values = cross_kv
+        queries = self.encoder_attn_layer_norm(x)
+        x = x + self.encoder_attn.attend_one(queries, keys=keys, values=values)
+        return sharding.broadcast_to_param_shards(self.feed_forward(x)), self_kv
+
+    def feed_forward(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return x + self.fc2(gelu(self.fc1(self.final_layer_norm(x))))
 
 
-def heads_first(keys_values):
-    """[..., T, H, K] -> [..., H, T, K], of keys and of values."""
+def heads_first(keys_values: KeysValues) -> KeysValues:
+    """Transpose keys and values from [..., T, H, K] to [..., H, T, K], the layout of the cache."""
     return jax.tree.map(lambda x: x.swapaxes(-3, -2), keys_values)
 
 
 def gelu(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """The exact (erf) form: with the tanh form the published weights drift."""
+    """The exact (erf) form: the tanh approximation does not match the published weights."""
     return jax.nn.gelu(x, approximate=False)
 
 
+# ---------------------------------------------------------------------------------------------
+# Encoder
+
+
 class Encoder(eqx.Module):
-    """Mel frames -> one state for every 20 ms."""
+    """Mel frames to one state per 20 ms."""
 
     conv1: Conv
     conv2: Conv
@@ -256,7 +313,7 @@ class Encoder(eqx.Module):
     layer_norm: LayerNorm
 
     def __call__(self, mel: Float[Array, "B F M"]) -> Float[Array, "B T D"]:
-        """Raises ValueError if F is not the window that the positions were made for."""
+        """Raises ValueError unless F is the model's window."""
         positions = self.embed_positions.weight
         expected = len(positions) * FRAMES_PER_POSITION
         if mel.shape[1] != expected:
@@ -264,42 +321,37 @@ class Encoder(eqx.Module):
                 f"the encoder got {mel.shape[1]} mel frames; expected {expected} "
                 f"({expected / 100:g} s). Pad or cut the audio to the model's window first."
             )
+
+        # Two convolutions, the second with stride 2, then positions.
         conv1, conv2, positions = sharding.all_gather_params(
             (self.conv1, self.conv2, positions), mel.dtype
         )
         x = gelu(conv1(mel))
         x = gelu(conv2(x)) + positions.astype(mel.dtype)
-        return self.layer_norm(sharding.run_layers(self.layers, x, lambda layer, x: layer(x)))
 
-    @staticmethod
-    def init(c: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> "Encoder":
-        """Random weights."""
-        n, width = c.encoder_layers, c.d_model
-        return Encoder(
-            conv1=Conv(_normal(keys, width, c.num_mel_bins, 3), jnp.zeros(width), stride=1),
-            conv2=Conv(_normal(keys, width, width, 3), jnp.zeros(width), stride=2),
-            embed_positions=Embedding(jnp.asarray(sinusoids(c.max_source_positions, width))),
-            layers=EncoderLayer(
-                self_attn=_attention(keys, n, width, c.encoder_attention_heads),
-                self_attn_layer_norm=_norm(n, width),
-                **_mlp(keys, n, width, c.encoder_ffn_dim),
-                final_layer_norm=_norm(n, width),
-            ),
-            layer_norm=_norm(width),
-        )
+        # Transformer layers.
+        x = sharding.run_layers(self.layers, x, lambda layer, x: layer(x))
+        return self.layer_norm(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoder
+
+
+class DecoderCache(NamedTuple):
+    """Keys and values of all decoder layers."""
+
+    self_kv: KeysValues  # [N, B, H, L, K]: one position for each token of the transcript
+    cross_kv: KeysValues  # [N, B, H, T, K]: one position for each encoder state
 
 
 class Decoder(eqx.Module):
-    """Causal transformer over its inputs that cross-attends to the encoder's states."""
+    """Causal transformer with cross-attention to the encoder states."""
 
     embed_tokens: Embedding
     embed_positions: Embedding
     layers: DecoderLayer  # arrays stacked on a leading axis [N, ...]
     layer_norm: LayerNorm
-
-    def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings, without positions, and never scaled: see model_config.WHISPER."""
-        return sharding.lookup(self.embed_tokens.weight, ids)
 
     def __call__(
         self,
@@ -307,62 +359,78 @@ class Decoder(eqx.Module):
         states: Float[Array, "B T D"],
         remat: sharding.Remat = "layers",
     ) -> Float[Array, "B L D"]:
-        """Hidden states after the last norm, for inputs (tokens or queries) without positions."""
+        """Hidden states after the last norm.
+
+        Args:
+            inputs: token embeddings or query tokens, without positions.
+            states: encoder states.
+            remat: what the backward pass recomputes.
+        """
         positions = sharding.all_gather_params(self.embed_positions.weight, inputs.dtype)
         x = inputs + positions[: inputs.shape[1]].astype(inputs.dtype)
-        x = sharding.run_layers(self.layers, x, lambda layer, x: layer(x, states), remat)
+        x = sharding.run_layers(
+            self.layers,
+            x,
+            lambda layer, x: layer(x, states),
+            remat,
+        )
         return self.layer_norm(x)
 
+    def embed(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token embeddings, without positions, never scaled (see model_config.WHISPER)."""
+        return sharding.lookup(self.embed_tokens.weight, ids)
+
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The output matrix is the embedding table."""
+        """Next-token logits; the output matrix is the embedding table."""
         return weights.logits(hidden, self.embed_tokens.weight)
 
-    def empty_cache(self, states: Float[Array, "B T D"], length: int):
-        """Cross-attention keys and values of every layer, and room for `length` tokens."""
+    # Decoding with a cache
 
-        def cross_of(_, layer):
+    def empty_cache(self, states: Float[Array, "B T D"], cache_length: int) -> DecoderCache:
+        """Compute the cross-attention cache, and allocate `cache_length` token positions."""
+
+        def cross_kv_of_layer(_, layer):
             module = sharding.all_gather_params(layer.encoder_attn, states.dtype)
             return None, sharding.shard_batch(heads_first(module.keys_values(states)))
 
-        cross = jax.lax.scan(cross_of, None, self.layers)[1]
-        keys = cross[0]  # [N, B, H, T, K]
-        room = jnp.zeros((*keys.shape[:3], length, keys.shape[4]), keys.dtype)
-        return {"self": (room, room), "cross": cross}
+        cross_kv = jax.lax.scan(cross_kv_of_layer, None, self.layers)[1]
 
-    def step(self, ids: Int[Array, "B"], cache, position: Int[Array, ""]):
-        """Logits [B, V] after one more token at `position`, and the cache with it."""
+        layers, batch, heads, _, head_width = cross_kv[0].shape
+        zeros = jnp.zeros((layers, batch, heads, cache_length, head_width), cross_kv[0].dtype)
+        return DecoderCache(self_kv=(zeros, zeros), cross_kv=cross_kv)
+
+    def decode_step(
+        self, ids: Int[Array, "B"], cache: DecoderCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """Feed one token per row at `position`; returns the next-token logits and the new cache."""
         x = sharding.broadcast_to_param_shards(self.embed(ids[:, None]))
         x = x + self.embed_positions.weight[position].astype(x.dtype)
 
-        def layer(state, numbered):
-            (x, said), (n, module, cross) = state, numbered
-            return module.step(x, n, said, cross, position), None
+        def run_layer(carry, layer_inputs):
+            x, self_kv = carry
+            layer_index, layer, cross_kv = layer_inputs
+            carry = layer.decode_step(
+                x,
+                layer_index=layer_index,
+                self_kv=self_kv,
+                cross_kv=cross_kv,
+                position=position,
+            )
+            return carry, None
 
-        layers = jnp.arange(len(cache["cross"][0])), self.layers, cache["cross"]
-        x, said = jax.lax.scan(layer, (x, cache["self"]), layers)[0]
-        return self.logits(self.layer_norm(x[:, 0])), cache | {"self": said}
-
-    @staticmethod
-    def init(c: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> "Decoder":
-        """Random weights."""
-        n, width = c.decoder_layers, c.d_model
-        return Decoder(
-            embed_tokens=Embedding(_normal(keys, c.vocab_size, width)),
-            embed_positions=Embedding(_normal(keys, c.max_target_positions, width)),
-            layers=DecoderLayer(
-                self_attn=_attention(keys, n, width, c.decoder_attention_heads),
-                self_attn_layer_norm=_norm(n, width),
-                encoder_attn=_attention(keys, n, width, c.decoder_attention_heads),
-                encoder_attn_layer_norm=_norm(n, width),
-                **_mlp(keys, n, width, c.decoder_ffn_dim),
-                final_layer_norm=_norm(n, width),
-            ),
-            layer_norm=_norm(width),
+        layer_indices = jnp.arange(len(cache.cross_kv[0]))
+        (x, self_kv), _ = jax.lax.scan(
+            run_layer, (x, cache.self_kv), (layer_indices, self.layers, cache.cross_kv)
         )
+        return self.logits(self.layer_norm(x[:, 0])), cache._replace(self_kv=self_kv)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole model
 
 
 class Whisper(eqx.Module):
-    """The whole recogniser; `model.` stands before its tensors' names in a published file."""
+    """Encoder and decoder. In published files, the tensor names start with `model.`."""
 
     encoder: Encoder
     decoder: Decoder
@@ -372,22 +440,24 @@ class Whisper(eqx.Module):
     def init(config: WhisperConfig, key: PRNGKeyArray) -> "Whisper":
         """Random weights (normal, 0.02) with Whisper's sinusoidal encoder positions."""
         keys = iter(jax.random.split(key, 64))
-        return Whisper(Encoder.init(config, keys), Decoder.init(config, keys), config)
+        encoder = init_encoder(config, keys)
+        decoder = init_decoder(config, keys)
+        return Whisper(encoder=encoder, decoder=decoder, config=config)
 
     @staticmethod
     def published(folder: Path, dtype=None) -> weights.Published:
-        """What a published folder holds; floats in `dtype`."""
+        """Tree and tensor names of a published folder, from its config; floats in `dtype`."""
         config = weights.read_config(WhisperConfig, folder)
         model_config.listening(folder, config.num_mel_bins)
         template = weights.abstract(Whisper.init, config, jax.random.key(0), dtype=dtype)
         tied = {"proj_out.weight": "tied to model.decoder.embed_tokens"}
-        return weights.Published(template, "model.", tied)
+        return weights.Published(template, prefix="model.", unused=tied)
 
     @staticmethod
     def load(
         path: str | Path, dtype=jnp.float32, place: Callable = lambda template: template
     ) -> "Whisper":
-        """Load a published checkpoint; `place` gives the template's arrays their shardings."""
+        """Load a published checkpoint; `place` adds shardings to the template's arrays."""
         folder = weights.resolve(path)
         template, prefix, unused = Whisper.published(folder, dtype)
         weights.check_tied(folder, "proj_out.weight", "model.decoder.embed_tokens.weight")
@@ -395,36 +465,80 @@ class Whisper(eqx.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Random weights, in the shapes of the published ones
+# Random initialisation
 
 
-def _normal(keys: Iterator[PRNGKeyArray], *shape: int) -> Array:
-    return 0.02 * jax.random.normal(next(keys), shape)
+def init_encoder(config: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> Encoder:
+    layers = config.encoder_layers
+    width = config.d_model
+    return Encoder(
+        conv1=_conv(keys, config.num_mel_bins, width, stride=1),
+        conv2=_conv(keys, width, width, stride=2),
+        embed_positions=Embedding(jnp.asarray(sinusoids(config.max_source_positions, width))),
+        layers=EncoderLayer(
+            self_attn=_attention(keys, layers, width, heads=config.encoder_attention_heads),
+            self_attn_layer_norm=_norm(layers, width),
+            fc1=_linear(keys, layers, n_in=width, n_out=config.encoder_ffn_dim),
+            fc2=_linear(keys, layers, n_in=config.encoder_ffn_dim, n_out=width),
+            final_layer_norm=_norm(layers, width),
+        ),
+        layer_norm=_norm(width),
+    )
 
 
-def _linear(keys, layers: int, n_in: int, n_out: int, bias: bool = True) -> Linear:
-    zeros = jnp.zeros((layers, n_out)) if bias else None
-    return Linear(_normal(keys, layers, n_out, n_in), zeros)
-
-
-def _norm(*shape: int) -> LayerNorm:
-    return LayerNorm(jnp.ones(shape), jnp.zeros(shape))
-
-
-def _attention(keys, layers: int, width: int, heads: int) -> Attention:
-    parts = (_linear(keys, layers, width, width, bias=name != "k") for name in "qkvo")
-    return Attention(*parts, heads)
-
-
-def _mlp(keys, layers: int, width: int, inner: int) -> dict[str, Linear]:
-    return {"fc1": _linear(keys, layers, width, inner), "fc2": _linear(keys, layers, inner, width)}
+def init_decoder(config: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> Decoder:
+    layers = config.decoder_layers
+    width = config.d_model
+    return Decoder(
+        embed_tokens=Embedding(_normal(keys, config.vocab_size, width)),
+        embed_positions=Embedding(_normal(keys, config.max_target_positions, width)),
+        layers=DecoderLayer(
+            self_attn=_attention(keys, layers, width, heads=config.decoder_attention_heads),
+            self_attn_layer_norm=_norm(layers, width),
+            encoder_attn=_attention(keys, layers, width, heads=config.decoder_attention_heads),
+            encoder_attn_layer_norm=_norm(layers, width),
+            fc1=_linear(keys, layers, n_in=width, n_out=config.decoder_ffn_dim),
+            fc2=_linear(keys, layers, n_in=config.decoder_ffn_dim, n_out=width),
+            final_layer_norm=_norm(layers, width),
+        ),
+        layer_norm=_norm(width),
+    )
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
     """Encoder positions [T, D]: sines in the first half of the width, cosines in the second."""
     scale = np.exp(-math.log(10_000) / (width // 2 - 1) * np.arange(width // 2))
     angle = np.arange(length)[:, None] * scale
-    return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def _normal(keys: Iterator[PRNGKeyArray], *shape: int) -> Array:
+    return 0.02 * jax.random.normal(next(keys), shape)
+
+
+def _norm(*shape: int) -> LayerNorm:
+    return LayerNorm(weight=jnp.ones(shape), bias=jnp.zeros(shape))
+
+
+def _conv(keys: Iterator[PRNGKeyArray], n_in: int, n_out: int, *, stride: int) -> Conv:
+    return Conv(weight=_normal(keys, n_out, n_in, 3), bias=jnp.zeros(n_out), stride=stride)
+
+
+def _linear(
+    keys: Iterator[PRNGKeyArray], layers: int, *, n_in: int, n_out: int, bias: bool = True
+) -> Linear:
+    weight = _normal(keys, layers, n_out, n_in)
+    return Linear(weight=weight, bias=jnp.zeros((layers, n_out)) if bias else None)
+
+
+def _attention(keys: Iterator[PRNGKeyArray], layers: int, width: int, *, heads: int) -> Attention:
+    return Attention(
+        q_proj=_linear(keys, layers, n_in=width, n_out=width),
+        k_proj=_linear(keys, layers, n_in=width, n_out=width, bias=False),
+        v_proj=_linear(keys, layers, n_in=width, n_out=width),
+        out_proj=_linear(keys, layers, n_in=width, n_out=width),
+        heads=heads,
+    )
 
 
 def main(
@@ -438,10 +552,10 @@ def main(
     Args:
         clip: audio file, at most as long as the model's window (30 s for published models).
         model: folder or Hugging Face repo id.
-        language: code of the spoken language, for multilingual models.
-        long: split a longer one at its quietest moments; a line for each part.
+        language: language code, for multilingual models.
+        long: split a longer clip at its quietest moments; prints one line per part.
     """
-    import generate  # what writes word after word is a later chapter
+    import generate  # imported here: generate.py itself imports this module
 
     for text in generate.transcripts(clip, model, language, long):
         print(text, flush=True)

@@ -1,18 +1,18 @@
-"""Attention: each position gathers what it needs from the others. The one place where it is summed.
+"""Softmax attention: the one place where the project computes it.
 
-    queries [B, T, H, K], keys and values [B, S, G, K] -> heard [B, T, H, K]
+    queries [B, T, H, K], keys and values [B, S, G, K] -> output [B, T, H, K]
 
-    scores = queries . keys / sqrt(K);  shares = softmax(scores);  heard = shares . values
+    scores = queries . keys / sqrt(K);  probs = softmax(scores);  output = probs . values
 
-Axes: B batch, T positions that ask, S positions that are asked, H query heads, G key/value heads
-(H / G queries share one), K head width.
+Axes: B batch, T query positions, S key positions, H query heads, G key/value heads (grouped-query
+attention: H / G query heads share one), K head width.
 
-On accelerators JAX's own attention does it for all heads at once, on NVIDIA's by cuDNN where that
-can: a step of Whisper-large and an 8B Llama takes two thirds of the time. A CPU cannot: for four
-clips in Whisper's encoder the scores of all heads are 216 MB in each layer, far from every cache,
-and in fresh pages that the system must clear first. Head by head they are 9 MB, in one place that
-is used again and again: four times as fast. The backward pass keeps no scores either: it computes
-each head again when its turn comes.
+On accelerators, JAX's own attention computes all heads at once, on NVIDIA GPUs with cuDNN where it
+is supported: a step of Whisper-large and an 8B Llama then takes two thirds of the time. On a CPU
+that is slow: for four clips in Whisper's encoder, the scores of all heads are 216 MB per layer,
+which fit in no cache and are written to newly allocated pages that the system must clear first.
+Computed head by head, the scores are 9 MB in one buffer that is reused, which is four times as
+fast. No scores are saved for the backward pass either: it recomputes them, one head at a time.
 
 Reads: sharding.py.   Read next: cost.py.
 """
@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float
 
 from runtime import sharding
 
-CACHED = 2**22  # elements: scores of all heads that a CPU can keep near
-IMPLEMENTATION: str | None = None  # of JAX's own: xla or cudnn; None: as `implementation` says
+MAX_CPU_SCORES = 2**22  # above this number of scores, a CPU computes head by head
+IMPLEMENTATION: str | None = None  # "xla" or "cudnn"; None: `implementation` chooses
 
 
 def attend(
@@ -35,21 +35,29 @@ def attend(
     keys: Float[Array, "B S G K"],
     values: Float[Array, "B S G K"],
     causal: bool = False,
-    before: tuple[Float[Array, "1 P G K"], Float[Array, "1 P G K"]] | None = None,
+    prefix_kv: tuple[Float[Array, "1 P G K"], Float[Array, "1 P G K"]] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """What each position hears; scores and softmax in f32. Causal: of itself and those before, and
-    of the keys and values that stand `before` all rows, the same for each."""
-    if before is not None:
-        past, rows = before[0].shape[1], len(queries)
+    """Softmax attention; scores and softmax are in f32.
+
+    Args:
+        causal: each position attends only to itself and to earlier positions.
+        prefix_kv: keys and values of a prefix that is the same for all rows; every position
+            attends to it.
+    """
+    if prefix_kv is not None:
+        prefix_length = prefix_kv[0].shape[1]
         keys, values = (
-            jnp.concatenate([jnp.broadcast_to(old, (rows, *old.shape[1:])), new], axis=1)
-            for old, new in zip(before, (keys, values), strict=True)
+            jnp.concatenate([jnp.broadcast_to(old, (len(queries), *old.shape[1:])), new], axis=1)
+            for old, new in zip(prefix_kv, (keys, values), strict=True)
         )
-        # causal attention wants as many that ask: nothing is done with what the first ones hear
-        queries = jnp.pad(queries, ((0, 0), (past, 0), (0, 0), (0, 0)))
-        return attend(queries, keys, values, causal)[:, past:]
-    scores = queries.shape[0] * queries.shape[2] * queries.shape[1] * keys.shape[1]
-    if sharding.platform() == "cpu" and scores > CACHED:
+
+        # Causal attention expects as many queries as keys: pad the queries, then drop the outputs
+        # of the padding.
+        queries = jnp.pad(queries, ((0, 0), (prefix_length, 0), (0, 0), (0, 0)))
+        return attend(queries, keys, values, causal=causal)[:, prefix_length:]
+
+    num_scores = queries.shape[0] * queries.shape[2] * queries.shape[1] * keys.shape[1]
+    if sharding.platform() == "cpu" and num_scores > MAX_CPU_SCORES:
         attention = functools.partial(by_head, causal)
         return sharding.shard_map_batch(attention, queries, keys, values)
     return jax.nn.dot_product_attention(
@@ -62,27 +70,38 @@ def attend(
 
 
 def implementation(queries: Float[Array, "B T H K"]) -> str:
-    """cudnn for half precision and heads of at most 128, on Ampere or what came after; or xla."""
+    """Return cudnn (half precision, heads up to 128 wide, NVIDIA Ampere or newer) or xla."""
     if sharding.platform() != "gpu" or queries.dtype.itemsize > 2:
         return "xla"
-    major, width = str(jax.devices()[0].compute_capability).split(".")[0], queries.shape[-1]
-    new = major.isdigit() and int(major) >= 8  # an AMD's is a name
-    return "cudnn" if new and width <= 128 and width % 8 == 0 else "xla"
+
+    head_width = queries.shape[-1]
+    major = str(jax.devices()[0].compute_capability).split(".")[0]
+    is_ampere_or_newer = major.isdigit() and int(major) >= 8  # AMD reports a name, such as gfx942
+    return "cudnn" if is_ampere_or_newer and head_width <= 128 and head_width % 8 == 0 else "xla"
 
 
 def attend_one(
     queries: Float[Array, "B H K"],
     keys: Float[Array, "B G S K"],
     values: Float[Array, "B G S K"],
-    seen: Bool[Array, "#B S"] | None = None,
+    mask: Bool[Array, "#B S"] | None = None,
 ) -> Float[Array, "B H K"]:
-    """The same for one position, over those of a cache that it has `seen` (None: all). The cache is
-    kept head by head: turning it around for each token would cost more than all the rest of it."""
-    groups = queries.reshape(*keys.shape[:2], -1, queries.shape[-1]) * queries.shape[-1] ** -0.5
+    """Attention of one query position over a KV cache, for decoding.
+
+    The cache has the head axis before the positions: transposing it for each token would cost more
+    than the rest of the step.
+
+    Args:
+        mask: true for the cache positions to attend to (default: all).
+    """
+    head_width = queries.shape[-1]
+    groups = queries.reshape(*keys.shape[:2], -1, head_width) * head_width**-0.5  # [B, G, M, K]
+
     scores = jnp.einsum("bgmk,bgsk->bgms", groups, keys, preferred_element_type=jnp.float32)
-    scores = scores if seen is None else jnp.where(seen[:, None, None], scores, -jnp.inf)
-    shares = jax.nn.softmax(scores).astype(values.dtype)
-    return jnp.einsum("bgms,bgsk->bgmk", shares, values).reshape(queries.shape)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    probs = jax.nn.softmax(scores).astype(values.dtype)
+    return jnp.einsum("bgms,bgsk->bgmk", probs, values).reshape(queries.shape)
 
 
 def by_head(
@@ -91,37 +110,43 @@ def by_head(
     keys: Float[Array, "B S G K"],
     values: Float[Array, "B S G K"],
 ) -> Float[Array, "B T H K"]:
-    """The same, for one key/value head of one clip at a time."""
-    # [M T, S], of the M query heads that share one: the positions up to each query's own
-    at = jnp.tile(jnp.arange(queries.shape[1]), queries.shape[2] // keys.shape[2])
-    seen = jnp.arange(keys.shape[1]) <= at[:, None] if causal else None
+    """The same result as `attend`, computed for one key/value head of one clip at a time."""
+    num_kv_heads = keys.shape[2]
+
+    # [M T, S] for the M query heads that share a key/value head: keys up to the query's position.
+    query_positions = jnp.tile(jnp.arange(queries.shape[1]), queries.shape[2] // num_kv_heads)
+    mask = jnp.arange(keys.shape[1]) <= query_positions[:, None] if causal else None
 
     @jax.checkpoint
-    def head(arrays):
-        queries, keys, values = (x.astype(jnp.float32) for x in arrays)
-        # The axis of 1 tells products with weights, which sharding.py keeps for the backward pass,
-        # from these, which it must not keep.
+    def attend_head(head_arrays):
+        queries, keys, values = (x.astype(jnp.float32) for x in head_arrays)
+        # The batch axis of size 1 distinguishes these matmuls from those with weights: the
+        # rematerialisation policies in sharding.py save the results of the latter only.
         scores = jnp.einsum("btk,bsk->bts", queries * queries.shape[-1] ** -0.5, keys)
-        shares = jax.nn.softmax(scores, where=seen)
-        return jnp.einsum("bts,bsk->btk", shares, values)
+        probs = jax.nn.softmax(scores, where=mask)
+        return jnp.einsum("bts,bsk->btk", probs, values)
 
-    def clip(arrays):  # split when its turn comes: its heads are then near
-        one = [x[None] for x in arrays]
-        heard = jax.lax.map(head, [_split(x, keys.shape[2]) for x in one])
-        return _join(heard, one[0])[0]
+    def attend_clip(clip_arrays):
+        # Split into heads here, clip by clip, so that the heads are still in the CPU's cache.
+        batch_of_one = [x[None] for x in clip_arrays]
+        heads = [split_heads(x, num_kv_heads) for x in batch_of_one]
+        output = jax.lax.map(attend_head, heads)
+        return join_heads(output, batch_of_one[0].shape)[0]
 
-    heard = jax.lax.map(clip, (queries, keys, values)).astype(queries.dtype)
-    return checkpoint_name(heard, sharding.SAVED_NAME)
-
-
-def _split(x, heads):
-    """[B, T, H, K] -> [B G, 1, M T, K]"""
-    batch, positions, _, width = x.shape
-    x = x.reshape(batch, positions, heads, -1, width).transpose(0, 2, 3, 1, 4)
-    return x.reshape(batch * heads, 1, -1, width)
+    output = jax.lax.map(attend_clip, (queries, keys, values)).astype(queries.dtype)
+    return checkpoint_name(output, sharding.SAVED_NAME)
 
 
-def _join(parts, like):
-    """[B G, 1, M T, K] -> [B, T, H, K], the shape of `like`"""
-    batch, positions, heads, width = like.shape
-    return parts.reshape(batch, heads, positions, width).transpose(0, 2, 1, 3)
+def split_heads(x: Float[Array, "B T H K"], num_kv_heads: int) -> Float[Array, "BG 1 MT K"]:
+    """One row for each key/value head, with the positions of its M query heads concatenated."""
+    batch, positions, _, head_width = x.shape
+    x = x.reshape(batch, positions, num_kv_heads, -1, head_width).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch * num_kv_heads, 1, -1, head_width)
+
+
+def join_heads(
+    heads: Float[Array, "BG 1 MT K"], shape: tuple[int, int, int, int]
+) -> Float[Array, "B T H K"]:
+    """The inverse of `split_heads`; `shape` is that of the result."""
+    batch, positions, num_heads, head_width = shape
+    return heads.reshape(batch, num_heads, positions, head_width).transpose(0, 2, 1, 3)

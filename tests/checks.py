@@ -1,7 +1,7 @@
-"""What several tests share: random models, and ours against what transformers computed.
+"""Helpers for several tests: random weights, and comparisons with outputs of transformers.
 
-The comparisons serve twice: on the committed fixtures (no torch needed; see make_fixtures.py), and
-live in tests/parity.
+The comparisons run on the committed fixtures (without torch; see make_fixtures.py) and, with
+transformers installed, in tests/parity.
 """
 
 import socket
@@ -18,7 +18,7 @@ import whisper
 
 
 def close(got, expected, relative: float, what: str) -> None:
-    """The largest error is at most `relative` times the largest value; says what it was."""
+    """Assert that the largest error is at most `relative` times the largest value."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
     error, scale = np.abs(got - expected).max(), np.abs(expected).max()
@@ -26,7 +26,7 @@ def close(got, expected, relative: float, what: str) -> None:
 
 
 def random_weights(template, seed: int, scale: float):
-    """Arrays of these shapes, at a scale at which every one of them changes the outcome."""
+    """Random arrays of these shapes; choose `scale` so that every array affects the output."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -38,12 +38,12 @@ def random_weights(template, seed: int, scale: float):
 
 
 def check_whisper(folder: Path) -> None:
-    """Mel to 1e-4 absolute; states and logits to 1e-4 relative in f32; the same greedy tokens."""
+    """Mel to 1e-4 absolute; states and logits to 1e-4 relative in f32; same greedy tokens."""
     expected = load_file(folder / "expected.safetensors")
     model = whisper.Whisper.load(folder)
     audio, ids = jnp.asarray(expected["audio"]), jnp.asarray(expected["ids"])
     mel = whisper.log_mel(audio, model.config.num_mel_bins)
-    published = expected["mel"].transpose(0, 2, 1)  # [B, M, F] there
+    published = expected["mel"].transpose(0, 2, 1)  # transformers has [B, M, F]
     assert np.abs(mel - published).max() <= 1e-4
     states = model.encoder(jnp.asarray(published))
     close(states, expected["states"], 1e-4, "encoder states")
@@ -58,7 +58,7 @@ def check_whisper(folder: Path) -> None:
 
 
 def check_llama(folder: Path) -> None:
-    """States and logits to 1e-4 relative in f32, near and far positions; the same greedy tokens."""
+    """States and logits to 1e-4 relative in f32, small and large positions; same greedy tokens."""
     expected = load_file(folder / "expected.safetensors")
     model = llama.Llama.load(folder)
     ids, at = jnp.asarray(expected["ids"]), expected["at"]
@@ -67,7 +67,7 @@ def check_llama(folder: Path) -> None:
     close(model.logits(hidden), expected["logits"], 1e-4, "logits")
     angles = np.asarray(model.angles(jnp.asarray(expected["far"])))
     half = angles.shape[-1]
-    # 9,000 rad in f32 carry an error of 5e-4 rad: both sides compute the angle in f32
+    # Both sides compute angles in f32, where 9,000 rad has an error of 5e-4 rad.
     assert np.abs(np.cos(angles) - expected["far_cos"][..., :half]).max() <= 1e-3
     assert np.abs(np.sin(angles) - expected["far_sin"][..., :half]).max() <= 1e-3
     tokens = generate.generate(
@@ -78,7 +78,7 @@ def check_llama(folder: Path) -> None:
 
 
 def free_address() -> str:
-    """Where process 0 of several on this machine can be met."""
+    """A free local address for the coordinator of several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"

@@ -101,9 +101,9 @@ def test_the_answer_grows_while_it_is_made(assistant):
     texts, steps = [], []
     plain = generate.decode_one_token
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         steps.append(1)
-        return plain(*args)
+        return plain(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "decode_one_token", counted)

@@ -164,14 +164,14 @@ def test_gradient_reaches_the_embeddings_and_obeys_causality(model, prompts):
     assert list(np.abs(reached).sum(-1) > 0) == [True] * 6 + [False] * 3
 
 
-@pytest.mark.parametrize("cached", [attention.CACHED, 0])
+@pytest.mark.parametrize("cached", [attention.MAX_CPU_SCORES, 0])
 @pytest.mark.parametrize("past", [0, 1, 4])
 @universe.compiled_fast()
 def test_what_stands_before_all_rows_is_read_once_for_them(
     model, prompts, past, cached, monkeypatch
 ):
     """Nothing, a token or a few: states and gradients of two sequences are those of whole rows."""
-    monkeypatch.setattr(attention, "CACHED", cached)  # all heads at once, or head by head
+    monkeypatch.setattr(attention, "MAX_CPU_SCORES", cached)  # all heads at once, or head by head
     before = model.embed(jnp.arange(5, 5 + past)[None])
     both = model.embed(prompts[0]), model.embed(prompts[0][:, :6])
 

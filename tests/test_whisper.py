@@ -1,4 +1,4 @@
-"""Whisper: parity with transformers through fixtures, and the properties that DiVA relies on."""
+"""Whisper: parity with transformers on fixtures, and the properties that DiVA relies on."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ NAMES = ("whisper-multilingual", "whisper-turbo")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mel_states_logits_and_greedy_tokens_are_those_of_transformers(name):
+def test_mel_states_logits_and_greedy_tokens_match_transformers(name):
     checks.check_whisper(FIXTURES / name)
 
 
@@ -36,11 +36,11 @@ def audio(model):
 
 @universe.compiled_fast()
 def test_the_decoder_is_causal(model, audio):
-    """The gradient of position 3 reaches positions 0 to 3 of the input and no later one."""
+    """The gradient of position 3 is nonzero for input positions 0 to 3 and zero for later ones."""
     states = model.encoder(whisper.log_mel(audio[:1], 80))
     inputs = model.decoder.embed(jnp.arange(7)[None])
-    reached = jax.grad(lambda x: jnp.square(model.decoder(x, states)[0, 3]).sum())(inputs)[0]
-    assert list(np.abs(reached).sum(-1) > 0) == [True] * 4 + [False] * 3
+    gradient = jax.grad(lambda x: jnp.square(model.decoder(x, states)[0, 3]).sum())(inputs)[0]
+    assert list(np.abs(gradient).sum(-1) > 0) == [True] * 4 + [False] * 3
 
 
 @universe.compiled_fast()
@@ -54,8 +54,8 @@ def test_one_clip_alone_equals_the_same_clip_in_a_batch(model, audio):
 
 
 @universe.compiled_fast()
-def test_suppressed_tokens_are_never_written(model, audio):
-    """What would be written is suppressed: something else is, from the first free position on."""
+def test_suppressed_tokens_are_never_chosen(model, audio):
+    """Suppressing the tokens of a transcript changes it from its first free position on."""
     rules = dict(forced=(40, 41), suppress=(), begin_suppress=(), max_length=10)
     free = np.asarray(generate.greedy_decode(model, audio, **rules))
     banned = tuple(int(token) for token in np.unique(free[:, 2:4]))
@@ -64,17 +64,17 @@ def test_suppressed_tokens_are_never_written(model, audio):
 
 
 @universe.compiled_fast()
-def test_a_step_with_the_cache_equals_the_whole_pass(model, audio):
+def test_decoding_with_the_cache_equals_the_forward_pass(model, audio):
     ids = jax.random.randint(jax.random.key(1), (2, 6), 0, model.config.vocab_size)
     states = model.encoder(whisper.log_mel(audio, 80))
     whole = model.decoder.logits(model.decoder(model.decoder.embed(ids), states))
     cache = model.decoder.empty_cache(states, 6)
     for position in range(6):
-        logits, cache = model.decoder.step(ids[:, position], cache, jnp.asarray(position))
+        logits, cache = model.decoder.decode_step(ids[:, position], cache, jnp.asarray(position))
         checks.close(logits, whole[:, position], 1e-5, f"position {position}")
 
 
-def test_another_language_forces_another_token(model):
+def test_the_language_sets_the_forced_token(model):
     forced = [
         generate.decoding_rules(FIXTURES / NAMES[0], model.config, code)["forced"]
         for code in ("en", "de")
@@ -82,14 +82,14 @@ def test_another_language_forces_another_token(model):
     assert forced == [(40, 41, 43, 45), (40, 42, 43, 45)]
 
 
-def test_older_files_force_their_tokens_by_position(tmp_path, model):
+def test_forced_decoder_ids_of_older_files_are_read(tmp_path, model):
     """English-only checkpoints list forced_decoder_ids and have no language table."""
     rules = {"decoder_start_token_id": 40, "forced_decoder_ids": [[1, 45]]}
     (tmp_path / "generation_config.json").write_text(json.dumps(rules))
     assert generate.decoding_rules(tmp_path, model.config, "en")["forced"] == (40, 45)
 
 
-def test_an_unknown_language_is_refused_with_those_that_exist(model):
+def test_an_unknown_language_is_refused_with_the_supported_ones(model):
     with pytest.raises(ValueError, match=r"generation_config.json: no language 'xx'.* de, en"):
         generate.decoding_rules(FIXTURES / NAMES[0], model.config, "xx")
 

@@ -1,4 +1,4 @@
-"""attention.py: what is heard and its gradients, whichever way they are summed, and at what cost.
+"""attention.py: outputs, gradients and cost of both implementations.
 
 The oracle is attention in float64 numpy, its gradients by central differences.
 Axes: B batch, T and S positions, H query heads, G key/value heads, K head width, D = H K.
@@ -51,15 +51,15 @@ def numpy_attention(queries, keys, values, causal):
     scores = np.einsum("bthk,bshk->bhts", queries, keys) / np.sqrt(queries.shape[3])
     if causal:
         scores[:, :, np.triu(np.ones(scores.shape[2:], bool), 1)] = -np.inf
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    return np.einsum("bhts,bshk->bthk", shares, values)
+    probs = np.exp(scores - scores.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshk->bthk", probs, values)
 
 
 def numpy_outcome(queries, keys, values, upstream, causal, step=1e-5):
-    """(heard, gradients for queries, keys and values), the latter number by number."""
+    """(output, gradients for queries, keys and values); gradients element by element."""
     *arrays, upstream = (np.array(x, np.float64) for x in (queries, keys, values, upstream))
-    heard = numpy_attention(*arrays, causal)
+    output = numpy_attention(*arrays, causal)
     gradients = [np.empty_like(x) for x in arrays]
     for array, gradient in zip(arrays, gradients, strict=True):
         for at in np.ndindex(array.shape):
@@ -68,15 +68,15 @@ def numpy_outcome(queries, keys, values, upstream, causal, step=1e-5):
                 ends.append((numpy_attention(*arrays, causal) * upstream).sum())
             array[at] = middle
             gradient[at] = (ends[0] - ends[1]) / (2 * step)
-    return heard, *gradients
+    return output, *gradients
 
 
 def with_gradients(function):
-    """(queries, keys, values, upstream) -> (heard, gradients for the first three)."""
+    """(queries, keys, values, upstream) -> (output, gradients for the first three)."""
 
     def outcome(*arrays):
-        heard, pull = jax.vjp(function, *arrays[:3])
-        return heard, *pull(arrays[3])
+        output, pull = jax.vjp(function, *arrays[:3])
+        return output, *pull(arrays[3])
 
     return outcome
 
@@ -87,8 +87,8 @@ def by_head_outcome(*arrays, causal):
 
 
 def assert_close(got, expected, rounding=ROUNDING, rtol=0.0):
-    """Apart by no more than `rounding` of an array's largest number and `rtol` of each number."""
-    names = ("heard", "for queries", "for keys", "for values")[: len(expected)]
+    """Within `rounding` of an array's largest number plus `rtol` of each number."""
+    names = ("output", "for queries", "for keys", "for values")[: len(expected)]
     for name, *pair in zip(names, got, expected, strict=True):
         a, b = (np.asarray(x, np.float64) for x in pair)
         atol = rounding * np.abs(b).max()
@@ -99,34 +99,34 @@ def assert_close(got, expected, rounding=ROUNDING, rtol=0.0):
 
 
 @cases
-def test_by_head_hears_and_learns_what_the_definition_says(case):
-    """Heard and all three gradients, by a random gradient from above, are those of numpy in f64."""
+def test_by_head_matches_the_definition(case):
+    """Output and all three gradients, for a random upstream gradient, match numpy in f64."""
     *arrays, causal = instance(case)
     assert_close(by_head_outcome(*arrays, causal=causal), numpy_outcome(*arrays, causal))
 
 
 @cases
-def test_by_head_is_jax_s_own_attention(case):
-    """The same outcome and gradients: which of the two is taken changes no result."""
+def test_by_head_matches_jax_attention(case):
+    """Same output and gradients: the choice of implementation changes no result."""
     *arrays, causal = instance(case)
-    own = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    expected = jax.jit(with_gradients(own))(*arrays)
+    jax_attention = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    expected = jax.jit(with_gradients(jax_attention))(*arrays)
     assert_close(by_head_outcome(*arrays, causal=causal), expected)
 
 
 @pytest.mark.parametrize("case", [CASES["a head each"], CASES["causal, two share"]])
-def test_scores_too_large_for_exp_do_no_harm(case):
-    """Scores in the hundreds: f32 has exp only up to 88."""
+def test_scores_too_large_for_exp_stay_finite(case):
+    """Scores in the hundreds: in f32, exp overflows above 88."""
     *arrays, causal = instance(case, scale=200)
     got = by_head_outcome(*arrays, causal=causal)
     assert all(np.isfinite(x).all() for x in got)
-    # Scores of up to 1000 are rounded to 2^-15, and their differences are the exponents of shares.
+    # Scores up to 1000 are rounded to 2^-15, and the probabilities depend on their differences.
     assert_close(got, numpy_outcome(*arrays, causal), rounding=4 * 2.0**-15)
 
 
 @cases
 def test_bfloat16_is_rounded_once_at_the_end(case):
-    """Outcome and gradients have the dtype of the inputs and no other error than its rounding."""
+    """Output and gradients have the dtype of the inputs, and only its rounding error."""
     *arrays, causal = instance(case, jnp.bfloat16)
     got = by_head_outcome(*arrays, causal=causal)
     assert {x.dtype for x in got} == {jnp.bfloat16.dtype}
@@ -134,7 +134,7 @@ def test_bfloat16_is_rounded_once_at_the_end(case):
 
 
 def test_each_gradient_has_the_dtype_of_its_input():
-    """Also where they differ; what is heard has that of the queries."""
+    """Also if the dtypes differ; the output has that of the queries."""
     *arrays, causal = instance(CASES["a head each"])
     kinds = (jnp.bfloat16, jnp.float32, jnp.float16, jnp.bfloat16)
     mixed = [x.astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
@@ -142,49 +142,51 @@ def test_each_gradient_has_the_dtype_of_its_input():
     assert [x.dtype for x in got] == [jnp.bfloat16, *kinds[:3]]
 
 
-# ------------------------------------------------------------------------------- which way is taken
+# ------------------------------------------------------------------------ choice of implementation
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list:
-    """The ways that `attend` has taken, and what it has said to each besides the arrays."""
-    ways, by_head, own = [], attention.by_head, jax.nn.dot_product_attention
+def calls(monkeypatch) -> list:
+    """The implementations that `attend` has called, with their options."""
+    calls = []
+    by_head = attention.by_head
+    jax_attention = jax.nn.dot_product_attention
 
-    def watch_by_head(causal, *arrays):
-        ways.append(("by head", causal))
+    def record_by_head(causal, *arrays):
+        calls.append(("by head", causal))
         return by_head(causal, *arrays)
 
-    def watch_own(*arrays, is_causal, implementation):
-        ways.append(("JAX", is_causal, implementation))
-        return own(*arrays, is_causal=is_causal)
+    def record_jax_attention(*arrays, is_causal, implementation):
+        calls.append(("JAX", is_causal, implementation))
+        return jax_attention(*arrays, is_causal=is_causal)
 
-    monkeypatch.setattr(attention, "by_head", watch_by_head)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", watch_own)
-    return ways
+    monkeypatch.setattr(attention, "by_head", record_by_head)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record_jax_attention)
+    return calls
 
 
 @pytest.mark.parametrize("case", [CASES["two queries share a head"], CASES["causal"]])
-def test_a_cpu_goes_head_by_head_where_scores_exceed_its_cache(case, monkeypatch, taken):
-    """Scores of all clips and heads count; up to CACHED of them JAX's own way is taken."""
+def test_a_cpu_computes_head_by_head_above_the_limit(case, monkeypatch, calls):
+    """The scores of all clips and heads count; up to MAX_CPU_SCORES, JAX's attention is used."""
     *arrays, _, causal = instance(case)
     b, t, s, h, *_ = case
     expected = numpy_attention(*(np.asarray(x, np.float64) for x in arrays), causal)
-    for cached in (b * h * t * s, b * h * t * s - 1):
-        monkeypatch.setattr(attention, "CACHED", cached)
+    for limit in (b * h * t * s, b * h * t * s - 1):
+        monkeypatch.setattr(attention, "MAX_CPU_SCORES", limit)
         assert_close([attention.attend(*arrays, causal)], [expected])
-    assert taken == [("JAX", causal, "xla"), ("by head", causal)]
+    assert calls == [("JAX", causal, "xla"), ("by head", causal)]
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_an_accelerator_takes_jax_s_own_way_always(platform, monkeypatch, taken):
-    """However many scores there are, and by the implementation that is asked for."""
+def test_an_accelerator_always_uses_jax_attention(platform, monkeypatch, calls):
+    """Whatever the number of scores, and with the implementation that is set."""
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    monkeypatch.setattr(attention, "CACHED", 0)
+    monkeypatch.setattr(attention, "MAX_CPU_SCORES", 0)
     queries, keys, values, *_ = instance(CASES["causal"])
     for implementation in ("xla", "cudnn"):
         monkeypatch.setattr(attention, "IMPLEMENTATION", implementation)
         attention.attend(queries, keys, values, causal=True)
-    assert taken == [("JAX", True, "xla"), ("JAX", True, "cudnn")]
+    assert calls == [("JAX", True, "xla"), ("JAX", True, "cudnn")]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,10 @@ def test_an_accelerator_takes_jax_s_own_way_always(platform, monkeypatch, taken)
         ("tpu", None, jnp.bfloat16, 64, "xla"),
     ],
 )
-def test_cudnn_attends_where_it_can(platform, capability, dtype, width, expected, monkeypatch):
-    """Half precision on NVIDIA's GPUs from Ampere on, heads as wide as it knows."""
+def test_cudnn_is_used_where_it_is_supported(
+    platform, capability, dtype, width, expected, monkeypatch
+):
+    """Half precision on NVIDIA GPUs from Ampere on, and supported head widths."""
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     monkeypatch.setattr(jax, "devices", lambda: [device])
@@ -216,7 +220,7 @@ def abstract_mesh(platform: str | None):
 
 
 def test_the_platform_is_that_of_the_named_mesh_or_of_this_process(monkeypatch):
-    """A mesh may be of devices that are not here; one without devices says nothing."""
+    """The devices of a mesh may be absent; a mesh without devices determines no platform."""
     assert sharding.platform() == "cpu"
     for platform in ("tpu", "gpu"):
         with jax.sharding.use_abstract_mesh(abstract_mesh(platform)):
@@ -233,23 +237,23 @@ def test_the_platform_is_that_of_the_named_mesh_or_of_this_process(monkeypatch):
 # ----------------------------------------------------------------------------- over several devices
 
 
-def share_out(mesh, arrays):
-    """Each device's clips on it."""
+def shard_clips(mesh, arrays):
+    """Shard the clips over the devices."""
     return arrays if mesh is None else jax.device_put(arrays, NamedSharding(mesh, BY_CLIP))
 
 
 @pytest.mark.parametrize(("fsdp", "causal"), [(8, False), (4, True)])
-def test_devices_attend_to_their_own_clips_and_send_nothing(fsdp, causal, monkeypatch):
-    """The numbers of one device, forward and backward, laid out by clip, without a collective."""
-    monkeypatch.setattr(attention, "CACHED", 0)
+def test_sharded_clips_need_no_communication(fsdp, causal, monkeypatch):
+    """Same numbers as on one device, forward and backward, sharded by clip, no collectives."""
+    monkeypatch.setattr(attention, "MAX_CPU_SCORES", 0)
     mesh = sharding.make_mesh(8, fsdp)
     *arrays, _ = instance((16, 6, 6, 4, 2, 4, causal))
-    split = share_out(mesh, arrays)
+    split = shard_clips(mesh, arrays)
     function = with_gradients(functools.partial(attention.attend, causal=causal))
     compiled = inside(mesh, function).lower(*split).compile()
     program = hlo.Program(compiled, 8)
     assert not program.collectives and "all-" not in compiled.as_text()
-    assert program.flops == 7 * product(16, 4, 6, 4) / 8
+    assert program.flops == 7 * matmul_flops(16, 4, 6, 4) / 8
     got = compiled(*split)
     assert all(laid_out(x, mesh, BY_CLIP) for x in got)
     assert_close(got, by_head_outcome(*arrays, causal=causal))
@@ -257,12 +261,12 @@ def test_devices_attend_to_their_own_clips_and_send_nothing(fsdp, causal, monkey
 
 # -------------------------------------------------------------------------------- within the layers
 
-N, B, T, H, G, K = 2, 8, 128, 4, 2, 2  # many positions: of all arrays the scores are the largest
+N, B, T, H, G, K = 2, 8, 128, 4, 2, 2  # long sequences: the scores are the largest array
 D = H * K
 
 
-def product(b: int, h: int, t: int, k: int) -> int:
-    """FLOPs of one product of [t, k] and [k, t] for each head of each clip."""
+def matmul_flops(b: int, h: int, t: int, k: int) -> int:
+    """FLOPs of one matmul of [t, k] and [k, t] for each head of each clip."""
     return 2 * b * h * t * t * k
 
 
@@ -276,12 +280,12 @@ class Layer(eqx.Module):
         queries, keys, values = (
             (x @ w.T).reshape(*x.shape[:2], -1, K) for w in (self.query, self.key, self.value)
         )
-        heard = attention.attend(queries, keys, values, causal=True)
-        return x + heard.reshape(x.shape) @ self.out.T
+        output = attention.attend(queries, keys, values, causal=True)
+        return x + output.reshape(x.shape) @ self.out.T
 
 
 def stack_gradient(remat):
-    """(function, its arguments): the gradient of a stack for its weights and its clips."""
+    """(function, arguments): the gradient of a stack of layers for its weights and inputs."""
     rng = np.random.default_rng(0)
     shapes = [(N, rows, D) for rows in (D, G * K, G * K, D)] + [(B, T, D)]
     *matrices, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -294,36 +298,37 @@ def stack_gradient(remat):
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("remat", ["attention", "layers"])
-def test_attention_takes_two_products_forward_and_five_backward(remat, split, monkeypatch):
-    """In all by the policy "attention", which runs the forward loop once: what it leaves is enough.
-    By "layers" both of its products and the three projections before them are done again."""
-    monkeypatch.setattr(attention, "CACHED", 0)
+def test_attention_takes_two_matmuls_forward_and_five_backward(remat, split, monkeypatch):
+    """The policy "attention" runs the forward pass once. "layers" recomputes both matmuls and the
+    three projections before them."""
+    monkeypatch.setattr(attention, "MAX_CPU_SCORES", 0)
     mesh = sharding.make_mesh(B) if split else None
     function, (layers, x) = stack_gradient(remat)
-    compiled = inside(mesh, function).lower(layers, share_out(mesh, x)).compile()
-    wide, narrow = (2 * B * T * D * width for width in (D, G * K))
-    by_hand = 7 * product(B, H, T, K) + 3 * (2 * wide + 2 * narrow)
+    compiled = inside(mesh, function).lower(layers, shard_clips(mesh, x)).compile()
+    query_flops, key_flops = (2 * B * T * D * width for width in (D, G * K))
+    expected = 7 * matmul_flops(B, H, T, K) + 3 * (2 * query_flops + 2 * key_flops)
     if remat == "layers":
-        by_hand += 2 * product(B, H, T, K) + wide + 2 * narrow
+        expected += 2 * matmul_flops(B, H, T, K) + query_flops + 2 * key_flops
     devices = 8 if split else 1
-    assert hlo.Program(compiled, devices).flops == N * by_hand / devices
+    assert hlo.Program(compiled, devices).flops == N * expected / devices
 
 
 @pytest.mark.parametrize("remat", ["attention", "layers"])
-def test_no_scores_are_kept(remat, monkeypatch):
-    """Forward and backward no array is larger than the scores of one key/value head of one clip,
-    and the compiled program has no room for the scores of all."""
-    one, every = (H // G) * T * T, B * H * T * T
+def test_no_scores_are_saved_for_the_backward_pass(remat, monkeypatch):
+    """Forward and backward, no array is larger than the scores of one key/value head of one clip,
+    and the compiled program uses less memory than the scores of all heads."""
+    one_head = (H // G) * T * T
+    all_heads = B * H * T * T
 
     def measure():
         function, arguments = stack_gradient(remat)
         compiled = jax.jit(function).lower(*arguments).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes
-        made = equations(jax.make_jaxpr(function)(*arguments).jaxpr)
-        return max(v.aval.size for e in made for v in e.outvars), memory
+        equation_list = equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return max(v.aval.size for e in equation_list for v in e.outvars), memory
 
     elements, memory = measure()
-    assert elements >= every and memory >= 4 * every, "scores of JAX's own way are not seen"
-    monkeypatch.setattr(attention, "CACHED", 0)
+    assert elements >= all_heads and memory >= 4 * all_heads, "JAX's attention makes no scores"
+    monkeypatch.setattr(attention, "MAX_CPU_SCORES", 0)
     elements, memory = measure()
-    assert elements == one and memory < 4 * every
+    assert elements == one_head and memory < 4 * all_heads
