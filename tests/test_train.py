@@ -915,7 +915,7 @@ def test_the_log_shows_where_the_time_goes(root, tmp_path, capfd, monkeypatch):
     line = next(line for line in output.splitlines() if line.startswith("step 10/"))
     number = r"(\d+\.\d+)"
     found = re.search(
-        rf"gradient .*  {number} s, {number} s of it for data  (\d+) clips/s  MFU {number}%  \d+ s",
+        rf"grad_norm .*  {number} s, data (\d+) ms  (\d+) clips/s  MFU {number}%  \d+ s",
         line,
     )
     assert found, line
