@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -32,6 +33,7 @@ LARGEST = 1 << 30  # bytes of a file: ten windows of 30 s in studio quality are 
 # scaled reaches a hundred in integers of 8 bits, and thousands in those of 16.
 LOUDEST = 8.0
 UNTOLD = 86_400  # seconds: a header that says more is one of a stream, and says nothing
+MAX_MISSING_SECONDS = 0.1  # of an MP4 or WebM: a codec's delay, and timestamps in milliseconds
 LOST = 2 * 1152  # samples of two MP3 frames: cut out of a stream, the first refer to what is gone
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ def _load(
 ) -> Float32[np.ndarray, "S"]:
     try:
         content, heard = sound if isinstance(sound, bytes) else _content(Path(sound)), []
+        if _is_mp4_or_webm(content):
+            return _resampled(*_decode_with_ffmpeg(content, longest, limit))
         for part in containers.parts(content):
             promised, room = containers.mend(part), longest - sum(map(len, heard)) / SAMPLE_RATE
             with _readable(sound if part == content else part) as it, _Forward(it) as file:
@@ -121,9 +125,32 @@ def _decode(
             f"a length that cannot be checked ({file.format_info}, {file.subtype_info}); expected "
             "MP3, FLAC, Ogg or WAV. Convert the file."
         )
-    parts, total, block = [], 0, range(most)
-    while len(block) == most:
-        block = file.read(most, dtype="float32", always_2d=True)
+    samples = _checked_mono(_blocks(file, most), rate, longest, limit)
+    total = len(samples)
+    promised = promised if promised < UNTOLD * rate else total
+    if not 0 <= promised - total <= (LOST if mp3 else 0):
+        raise ValueError(
+            f"{total / rate:.3f} s could be decoded; its header says {promised / rate:.3f} s. It "
+            "was cut, joined or damaged: copy or download it again, or convert it."
+        )
+    return samples, rate
+
+
+def _blocks(file: _Forward, size: int) -> Iterator[Float32[np.ndarray, "S channels"]]:
+    """Blocks of `size` samples up to the end of the file; the last one is shorter."""
+    block = range(size)
+    while len(block) == size:
+        block = file.read(size, dtype="float32", always_2d=True)
+        yield block
+
+
+def _checked_mono(
+    blocks: Iterable[Float32[np.ndarray, "S channels"]], rate: int, longest: float, limit: str
+) -> Float32[np.ndarray, "S"]:
+    """Average the channels and join the blocks. Raises ValueError for samples that are not finite,
+    out of scale, or longer than `longest` seconds, and for an unlikely sample rate."""
+    parts, total = [], 0
+    for block in blocks:
         if not np.isfinite(block).all():
             raise ValueError("holds NaN or infinity; expected samples in [-1, 1]. Remove it.")
         if (peak := np.abs(block).max(initial=0)) > LOUDEST:
@@ -135,19 +162,77 @@ def _decode(
         total += len(block)
         if total > longest * rate + 1e-6:  # the rounding of what is left for a later part
             raise ValueError(f"longer than {limit}; expected at most that. Split it at a pause.")
+
     if not RATES[0] <= rate <= RATES[1]:  # a header may say anything, and resampling would try
         raise ValueError(
             f"{rate} samples a second; expected {RATES[0]} to {RATES[1]}. Convert the file."
         )
     if not total:
         raise ValueError("no samples; expected audio. Record it again or remove it.")
-    promised = promised if promised < UNTOLD * rate else total
-    if not 0 <= promised - total <= (LOST if mp3 else 0):
+    return np.concatenate(parts)
+
+
+def _is_mp4_or_webm(content: bytes) -> bool:
+    """MP4, M4A and MOV, or WebM and Matroska: the containers that FFmpeg decodes instead of
+    libsndfile."""
+    return content[4:8] == b"ftyp" or content[:4] == b"\x1a\x45\xdf\xa3"
+
+
+@contextlib.contextmanager
+def _open_with_ffmpeg(source: io.BufferedIOBase) -> Iterator[tuple[Any, float | None]]:
+    """The container, and the seconds of its first audio stream by its header (None: unknown).
+
+    Raises ValueError, also for an error of FFmpeg within the block.
+    """
+    import av  # loads FFmpeg's libraries: only who has such a file waits for it
+
+    av.logging.set_level(None)  # FFmpeg writes nothing to the console: errors are raised
+    try:
+        with av.open(source) as container:
+            if not container.streams.audio:
+                raise ValueError("no audio stream; expected audio. Record it again or remove it.")
+            stream = container.streams.audio[0]
+            header_seconds = None
+            if stream.duration:
+                header_seconds = float(stream.duration * stream.time_base)
+            elif container.duration and not container.streams.video:
+                header_seconds = container.duration / av.time_base
+            yield container, header_seconds
+    except av.FFmpegError as error:
         raise ValueError(
-            f"{total / rate:.3f} s could be decoded; its header says {promised / rate:.3f} s. It "
-            "was cut, joined or damaged: copy or download it again, or convert it."
-        )
-    return np.concatenate(parts), rate
+            f"not audio that can be decoded ({error.strerror}). It was cut or damaged: copy or "
+            "download it again, or convert it."
+        ) from error
+
+
+def _decode_with_ffmpeg(
+    content: bytes, longest: float, limit: str
+) -> tuple[Float32[np.ndarray, "S"], int]:
+    """All samples of the first audio stream, channels averaged, and their rate.
+
+    Raises ValueError without the file's name.
+    """
+    import av
+
+    with _open_with_ffmpeg(io.BytesIO(content)) as (container, header_seconds):
+        rate = container.streams.audio[0].rate
+        to_float = av.AudioResampler(format="fltp", rate=rate)
+
+        def blocks() -> Iterator[Float32[np.ndarray, "S channels"]]:
+            num_samples = 0
+            for frame in container.decode(audio=0):
+                for converted in to_float.resample(frame):
+                    num_samples += converted.samples
+                    yield converted.to_ndarray().T
+
+            seconds = num_samples / rate
+            if header_seconds is not None and seconds < header_seconds - MAX_MISSING_SECONDS:
+                raise ValueError(
+                    f"{seconds:.3f} s could be decoded; its header says {header_seconds:.3f} s. It "
+                    "was cut or damaged: copy or download it again, or convert it."
+                )
+
+        return _checked_mono(blocks(), rate, longest, limit), rate
 
 
 def seconds(sound: str | Path | bytes) -> float:
@@ -156,6 +241,12 @@ def seconds(sound: str | Path | bytes) -> float:
 
     Raises what soundfile raises, OSError, or ValueError.
     """
+    with io.BytesIO(sound) if isinstance(sound, bytes) else open(sound, "rb") as stream:
+        if _is_mp4_or_webm(stream.read(8)):
+            stream.seek(0)
+            with _open_with_ffmpeg(stream) as (_, header_seconds):
+                pass
+            return header_seconds or len(_load("", sound, math.inf, "")) / SAMPLE_RATE
     with _readable(sound) as it:
         info = sf.info(it)
     if info.format == "MP3":

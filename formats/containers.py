@@ -122,7 +122,13 @@ def _mend_chunks(content: bytearray) -> None:
                 _compare(length, rest)
         elif not _is_chunk(content, at, order, width):
             break
-        at = start + length + (length & 1 if width == 4 else 0)
+        at = start + length
+        if width == 4 and length & 1:
+            # A pad byte follows an odd length. Some recorders leave it out: insert it.
+            padded = _is_chunk(content, at + 1, order, width)
+            if not padded and _is_chunk(content, at, order, width):
+                content.insert(at, 0)
+            at += 1
     _compare(0, max(0, len(content) - at))
 
 

@@ -6,9 +6,11 @@ Axes: S audio samples.
 
 import io
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -251,6 +253,26 @@ def test_chunks_behind_the_sound_are_not_heard(tmp_path, kind):
     refused(tmp_path / "a", encoded(A, kind) + chunk + GARBAGE, "5,000 bytes lie behind")
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+def test_a_missing_pad_byte_behind_an_odd_chunk_is_inserted(tmp_path, kind):
+    """Some recorders leave it out: behind a note before the samples, or behind the samples."""
+    code = "<I" if kind == "WAV" else ">I"
+    note = b"note" + struct.pack(code, 15) + b"fifteen letters"
+    content = bytes(encoded(A, kind))
+    expected = heard(tmp_path / "a", content)
+    at = content.find(b"data" if kind == "WAV" else b"SSND")
+    np.testing.assert_array_equal(
+        heard(tmp_path / "a", content[:at] + note + content[at:]), expected
+    )
+
+
+def test_a_missing_pad_byte_behind_an_odd_number_of_samples_is_inserted(tmp_path):
+    content = bytes(encoded(A[:7999], "WAV", subtype="PCM_U8"))
+    end = content.find(b"data") + 8 + 7999
+    note = b"note" + struct.pack("<I", 2000) + bytes(2000)
+    assert len(heard(tmp_path / "a.wav", content[:end] + note)) == 7999
+
+
 def test_a_wav_without_samples_holds_none(tmp_path):
     """A chunk behind a length of 0 is no sound."""
     chunk = b"LIST" + struct.pack("<I", 2000) + bytes(2000)
@@ -326,6 +348,87 @@ def test_an_ogg_file_that_lacks_a_page_is_refused(tmp_path, kind):
     hole = content[: pages[-4]] + content[pages[-3] :]
     refused(tmp_path / "a.ogg", hole, "s could be decoded; its header says 20.000 s. It was cut")
     refused(tmp_path / "a.ogg", content[:-50], "cut short: its last page is not whole")
+
+
+# ------------------------------------------------------------------------- MP4, M4A, MOV and WebM
+
+FFMPEG_FILES = {  # name: FFmpeg's container format and codec
+    "a.m4a": ("ipod", "aac"),
+    "a.mp4": ("mp4", "aac"),
+    "a.mov": ("mov", "pcm_s16le"),
+    "a.webm": ("webm", "libopus"),
+    "a.mka": ("matroska", "pcm_s16le"),
+}
+
+
+def encoded_with_ffmpeg(samples: np.ndarray, container_format: str, codec: str, **options) -> bytes:
+    """Encode samples of 48 kHz, [S] or [S, channels], with FFmpeg."""
+    samples = samples.reshape(len(samples), -1).astype(np.float32)
+    layout = "mono" if samples.shape[1] == 1 else "stereo"
+    with (
+        tempfile.NamedTemporaryFile() as file,
+        av.open(file.name, "w", format=container_format, options=options) as container,
+    ):
+        stream = container.add_stream(codec, rate=48_000)
+        stream.layout = layout
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples.T), format="fltp", layout=layout
+        )
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        container.close()
+        return Path(file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", FFMPEG_FILES)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_mp4_and_webm_files_are_decoded_whole(tmp_path, capfd, name, channels):
+    samples = np.concatenate([tone(440, 1.0, 48_000), tone(880, 0.6, 48_000)])
+    samples = np.repeat(samples[:, None], channels, axis=1)
+    decoded = heard(tmp_path / name, encoded_with_ffmpeg(samples, *FFMPEG_FILES[name]))
+    assert has(decoded, 440, 1.0) and has(decoded, 880, 0.6)
+    assert len(decoded) / RATE == pytest.approx(1.6, abs=0.05)
+    assert audio_files.seconds(str(tmp_path / name)) == pytest.approx(1.6, abs=0.05)
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.parametrize("name", FFMPEG_FILES)
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+def test_an_mp4_or_webm_file_that_was_cut_is_refused(tmp_path, capfd, name, fraction):
+    content = encoded_with_ffmpeg(tone(440, 3.0, 48_000), *FFMPEG_FILES[name])
+    refused(tmp_path / name, content[: int(fraction * len(content))], "was cut or damaged")
+    assert not any(capfd.readouterr())
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_a_cut_mp4_with_its_index_in_front_is_refused(tmp_path, capfd, fraction):
+    """FFmpeg opens it and decodes the samples that are left."""
+    noise = np.random.default_rng(0).normal(size=3 * 48_000) / 10
+    content = encoded_with_ffmpeg(noise, "mp4", "aac", movflags="faststart")
+    assert content.find(b"moov") < content.find(b"mdat")
+    refused(tmp_path / "a.mp4", content[: int(fraction * len(content))], "was cut or damaged")
+    assert not any(capfd.readouterr())
+
+
+def test_a_webm_recording_without_a_length_is_decoded_whole(tmp_path):
+    """As a browser's MediaRecorder writes it."""
+    content = encoded_with_ffmpeg(tone(440, 1.6, 48_000), "webm", "libopus", live="1")
+    assert has(heard(tmp_path / "a.webm", content), 440, 1.6)
+    assert audio_files.seconds(str(tmp_path / "a.webm")) == pytest.approx(1.6, abs=0.05)
+
+
+def test_an_mp4_that_is_too_long_or_has_no_audio_is_refused(tmp_path):
+    content = encoded_with_ffmpeg(tone(440, 1.6, 48_000), "mp4", "aac")
+    refused(tmp_path / "a.mp4", content, "longer than the model's window of 1 s", longest=1.0)
+    video = io.BytesIO()
+    with av.open(video, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    refused(tmp_path / "a.mp4", video.getvalue(), "no audio stream; expected audio")
 
 
 # ------------------------------------------------------------------------------------------- scale
