@@ -1,18 +1,18 @@
-"""Containers: a recording's header is made to say what its file holds, or the file is refused.
+"""Correct the lengths in an audio header to what the file holds, or refuse the file.
 
-libsndfile listens for as long as a header says and no sample longer. So the bytes themselves are
-counted before they are decoded:
+libsndfile and FFmpeg decode only as much as the header says, without an error if the file holds
+more. So the bytes are counted before they are decoded:
 
-    MP3                frame by frame; the count goes into the Xing frame; joined ones are parted
-    FLAC               its length is taken out: it is heard to the end, and then compared
-    WAV, AIFF, CAF     chunk by chunk; an open length becomes that of what follows
-    AU                 the same with its one header
-    NIST               is heard to the end of the file, and then compared
-    Ogg                page by page; of several streams of sound the decoder would hear the first
+    MP3                frame by frame; the count goes into the Xing frame; joined MP3s are split
+    FLAC               the length is removed, the file decoded to its end, and the two compared
+    WAV, AIFF, CAF     chunk by chunk; an unknown length is replaced by that of the remaining bytes
+    AU                 as WAV, with its single header
+    NIST               decoded to the end of the file, and compared with its header
+    Ogg                page by page; several audio streams are refused: only the first is decoded
 
-Other containers (VOC, W64, MAT, ...) cannot be checked so, and are refused by name.
+Other formats of libsndfile (VOC, W64, MAT, ...) cannot be checked in this way and are refused.
 
-Reads: nothing of ours.   Read next: recording.py.
+Reads: nothing of ours.   Read next: audio_files.py.
 """
 
 import functools
@@ -21,15 +21,15 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 
 FORMATS = "MP3", "FLAC", "OGG", "WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "NIST"
-OPEN = 0x7FFF0000  # bytes: a pipe's header says 0, or 2^31 or 2^32 less a little
-CRUMBS = 512  # bytes behind the sound that may be anything: 8,000 a second are the fewest in use
+UNKNOWN_LENGTH = 0x7FFF0000  # bytes; a pipe writes a length of 0, or just below 2^31 or 2^32
+MAX_TRAILING_BYTES = 512  # ignored behind the samples; the lowest usual rate is 8,000 bytes/s
 RUN = 4  # MP3 frames behind each other that are no accident of other bytes
 
 
-def parts(content: bytes) -> list[bytearray]:
-    """Joined MP3s one by one, each from its own Xing frame on; of all else there is one part.
+def split_concatenated_mp3(content: bytes) -> list[bytearray]:
+    """Split joined MP3s at their Xing frames; any other file is one part.
 
-    One by one, since each has silence of its encoder at both ends, which its Xing frame counts.
+    They are decoded one by one: each has encoder padding at both ends, which its Xing frame counts.
     """
     at, cuts = _id3_length(content), [0]
     if content[at : at + 1] == b"\xff":
@@ -39,32 +39,32 @@ def parts(content: bytes) -> list[bytearray]:
     return [bytearray(content[a:b]) for a, b in zip(cuts, [*cuts[1:], len(content)], strict=True)]
 
 
-def mend(content: bytearray) -> int | None:
-    """Make the header say what `content` holds, in place; returns the number of samples that it
-    promised, where that must still be compared with what was heard.
+def fix_header(content: bytearray) -> int | None:
+    """Correct the header of `content` in place. Returns the header's number of samples if the
+    caller must compare it with the number of decoded samples.
 
-    Raises ValueError for what holds other than it says.
+    Raises ValueError if the file is cut, or holds more than one recording.
     """
     at = _id3_length(content)
     match bytes(content[at : at + 4]):
         case b"RIFF" | b"RIFX" | b"RF64" | b"FORM" | b"caff":
-            _mend_chunks(_without_tags(content))
+            _fix_chunks(_without_tags(content))
         case b".snd" | b"dns.":
-            _mend_au(_without_tags(content))
+            _fix_au(_without_tags(content))
         case b"fLaC":
-            return _open_flac(_without_tags(content), at)
+            return _remove_flac_length(_without_tags(content), at)
         case b"NIST":
             count = re.search(rb"sample_count -i (\d+)", content[:4096])
             return int(count[1]) if count else None
         case b"OggS":
             _check_ogg(content)
         case _ if content[at : at + 1] == b"\xff":
-            _mend_mp3(content, at)
+            _fix_mp3(content, at)
     return None
 
 
 def _id3_length(content: bytes | bytearray, at: int = 0) -> int:
-    """Bytes of the ID3v2 tag that players write before the sound, 0 for none."""
+    """Size in bytes of an ID3v2 tag in front of the audio, 0 if there is none."""
     if content[at : at + 3] != b"ID3" or len(content) < at + 10:
         return 0
     size = functools.reduce(lambda size, byte: size << 7 | byte & 127, content[at + 6 : at + 10])
@@ -72,7 +72,7 @@ def _id3_length(content: bytes | bytearray, at: int = 0) -> int:
 
 
 def _without_tags(content: bytearray) -> bytearray:
-    """`content` itself, after what players write behind the sound, ID3v1 and APE, was taken off."""
+    """Remove the ID3v1 and APE tags behind the audio, in place; returns `content`."""
     if content[-128:-125] == b"TAG":
         del content[-128:]
     if content[-32:-24] == b"APETAGEX":  # its footer: the length with it, and if there is a header
@@ -81,29 +81,30 @@ def _without_tags(content: bytearray) -> bytearray:
     return content
 
 
-def _compare(said: int, there: int) -> None:
-    """Bytes of sound that a header announces, and that are there. Raises ValueError."""
-    if there < said:
+def _check_length(header_bytes: int, actual_bytes: int) -> None:
+    """Raises ValueError if the file holds fewer bytes of samples than its header says, or more."""
+    if actual_bytes < header_bytes:
         raise ValueError(
-            f"cut short: {there:,} bytes of sound; its header says {said:,}. Copy or download it "
-            "again."
+            f"cut short: {actual_bytes:,} bytes of sound; its header says {header_bytes:,}. "
+            "Copy or download it again."
         )
-    if there > said + CRUMBS:
+    if actual_bytes > header_bytes + MAX_TRAILING_BYTES:
         raise ValueError(
-            f"{there - said:,} bytes lie behind the end that its header gives; expected nothing "
-            "there. If recordings were joined, join their samples; else convert the file."
+            f"{actual_bytes - header_bytes:,} bytes lie behind the end that its header gives; "
+            "expected nothing there. If recordings were joined, join their samples; else convert "
+            "the file."
         )
 
 
 def _is_chunk(content: bytearray, at: int, order: str, width: int) -> bool:
-    """Does one begin here: a name, and a length that the file has room for?"""
+    """Whether a chunk begins here: a name, and a length within the file."""
     name, rest = bytes(content[at : at + 4]), len(content) - at - 4 - width
     length = int.from_bytes(content[at + 4 : at + 4 + width], order)
     known = re.fullmatch(rb"[\w(][\w (){}.+-]{3}", name) and name not in (b"RIFF", b"FORM")
     return bool(known and 0 <= length <= rest)
 
 
-def _mend_chunks(content: bytearray) -> None:
+def _fix_chunks(content: bytearray) -> None:
     """RIFF, RF64, AIFF, CAF: a name, a length, so many bytes; then the next."""
     kind = bytes(content[:4])
     order = "little" if kind in (b"RIFF", b"RF64") else "big"
@@ -114,29 +115,35 @@ def _mend_chunks(content: bytearray) -> None:
         if content[at : at + 4] in (b"data", b"SSND"):
             if kind == b"RF64" and length == 0xFFFFFFFF:
                 length = int.from_bytes(content[28:36], "little")  # where the chunk ds64 has it
-            empty = rest <= CRUMBS or _is_chunk(content, start, order, width)
-            if length >= OPEN or (length == 0 and not empty):
+            empty = rest <= MAX_TRAILING_BYTES or _is_chunk(content, start, order, width)
+            if length >= UNKNOWN_LENGTH or (length == 0 and not empty):
                 length = rest
                 content[at + 4 : start] = length.to_bytes(width, order)
             if length > rest:
-                _compare(length, rest)
+                _check_length(length, rest)
         elif not _is_chunk(content, at, order, width):
             break
-        at = start + length + (length & 1 if width == 4 else 0)
-    _compare(0, max(0, len(content) - at))
+        at = start + length
+        if width == 4 and length & 1:
+            # A pad byte follows an odd length. Some recorders leave it out: insert it.
+            padded = _is_chunk(content, at + 1, order, width)
+            if not padded and _is_chunk(content, at, order, width):
+                content.insert(at, 0)
+            at += 1
+    _check_length(0, max(0, len(content) - at))
 
 
-def _mend_au(content: bytearray) -> None:
+def _fix_au(content: bytearray) -> None:
     order = "big" if content[:1] == b"." else "little"
     start, length = (int.from_bytes(content[i : i + 4], order) for i in (4, 8))
     rest = max(0, len(content) - start)
-    if length >= OPEN or length == 0:
+    if length >= UNKNOWN_LENGTH or length == 0:
         length = rest
         content[8:12] = length.to_bytes(4, order)
-    _compare(length, rest)
+    _check_length(length, rest)
 
 
-def _open_flac(content: bytearray, at: int) -> int | None:
+def _remove_flac_length(content: bytearray, at: int) -> int | None:
     """Its length becomes unknown; returns what it was, None if it was unknown before."""
     if content.find(b"fLaC\0\0\0\x22", at + 4) >= 0:
         raise ValueError(
@@ -192,7 +199,7 @@ def _frame(header: int) -> tuple[int, int, tuple[int, bool]] | None:
 
 
 def _is_tagged(content: bytes | bytearray, at: int) -> bool:
-    """Does an MP3's Xing frame begin here?"""
+    """Whether an MP3's Xing frame begins here."""
     frame = _frame(int.from_bytes(content[at : at + 4], "big"))
     tag = at + SIDE[frame[1], frame[2][1]] if frame else 0
     return bool(frame) and content[tag : tag + 4] in (b"Xing", b"Info")
@@ -227,7 +234,7 @@ def mp3_count(content: bytearray, at: int) -> int | None:
     return tag + 8 if len(content) > tag + 12 and content[tag + 7] & 1 else None
 
 
-def uncounted(stream: BufferedIOBase) -> int | None:
+def count_mp3_samples(stream: BufferedIOBase) -> int | None:
     """Samples of an MP3 by its frames, if no Xing frame counts them; libsndfile would guess."""
     content = bytearray(stream.read(1 << 16))
     if (at := _id3_length(content)) + 64 > len(content):  # behind a picture
@@ -238,7 +245,7 @@ def uncounted(stream: BufferedIOBase) -> int | None:
     return sum(samples for _, _, samples, _ in mp3_frames(content, at))
 
 
-def _mend_mp3(content: bytearray, at: int) -> None:
+def _fix_mp3(content: bytearray, at: int) -> None:
     """The Xing frame counts all that are there, also of one that had none behind it."""
     frames = [*mp3_frames(content, at)]
     if not frames:

@@ -289,7 +289,7 @@ def test_a_quiet_speaker_is_answered(assistant, tmp_path, decibels):
     noise = 3e-5 * np.random.default_rng(0).normal(size=len(samples))
     file = write(tmp_path / "a.wav", samples * 10 ** (decibels / 20) + noise, subtype="PCM_16")
     assert said(assistant.answer(file, sampling=demo.Sampling(max_new_tokens=2))).turn
-    assert not audio_files.nothing(samples[: audio_files.FRAME])
+    assert not audio_files.is_silent(samples[: audio_files.FRAME])
 
 
 def test_parts_are_whole_fit_the_window_and_are_cut_where_it_is_quiet():
