@@ -183,7 +183,8 @@ def evaluate(
     found |= {"degrade": list(degrade)} if degrade else {}
     found |= {"systems": list(answers), "errors": kept.errors(items)}
     found["tasks"], scores = score(settings, items, answers, folder)
-    if board := voicebench.board(found["tasks"]):
+    suite_of = {name: task.suite for name, task in settings.items()}
+    if board := voicebench.board(folder, suite_of, list(answers)):
         found["voicebench"] = board
     kept.finish(items, scores)
     found["seconds"] = round(time.monotonic() - start, 1)
@@ -202,7 +203,8 @@ def score(
         rows = [i for i, item in enumerate(items) if item.task == name]
         said = {system: [texts[i] for i in rows] for system, texts in answers.items()}
         if task.suite in voicebench.SUITES:
-            voicebench.exchange(folder, name, [items[i].example for i in rows], said)
+            voicebench.export(folder, name, [items[i].example for i in rows], said)
+            voicebench.import_verdicts(folder, name, list(said))
         found[name], single = score_task(task, [items[i] for i in rows], said)
         for metric, values in single.items():
             for i, row in zip(rows, values, strict=True):

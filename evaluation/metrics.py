@@ -301,10 +301,6 @@ METRICS = {
     "wer": Metric(word_errors, percent, lower_is_better=True),
     # VoiceBench's
     "pedant_right": Metric(pedant_right, percent),
-    "choice": Metric(voicebench.choice, percent),
-    "truth": Metric(voicebench.truth, percent),
-    "refusal": Metric(voicebench.refusal, percent),
-    "ifeval": Metric(voicebench.instructions, voicebench.obeyed),
     "judged": Metric(voicebench.judged, percent),
 }
 
@@ -315,8 +311,6 @@ def can_count(name: str, examples: Sequence[Example], answers: dict[str, list]) 
         return judge() is not None
     if name == "pedant_right":  # of which the older classifier says nothing
         return judge() is not None and hasattr(judge()[0], "evaluate")
-    if name == "ifeval":
-        return voicebench.checker() is not None
     return name != "judged" or voicebench.all_judged(examples, answers)
 
 

@@ -30,12 +30,10 @@ from evaluation.unpack import (
     find,
     labelled,
     present,
-    read_pickle,
     references,
     tydi_references,
     unpacked,
     wavs,
-    words,
 )
 from formats import parquet
 from runtime import files
@@ -48,6 +46,7 @@ MELD_VIDEOS["test"] = "output_repeated_splits_test"
 MELD_DEFECTS = {("train", "dia125_utt3"), ("dev", "dia110_utt7")}  # corrupt; not in the archive
 IEMOCAP_LABELS = {"ang": "Anger", "hap": "Happiness", "neu": "Neutral", "sad": "Sadness"}
 NO_YES = ("No", "Yes")  # what 0 and 1 mean
+HUMOUR_LABELS = {"not_humor": "No", "humor": "Yes"}  # class names of UR-FUNNY's copy
 IEMOCAP_VOTE = re.compile(r"\[[\d.]+ - [\d.]+\]\t(\w+)\t(\w+)\t\[")  # times, turn, what most heard
 IEMOCAP_TURN = re.compile(r"^(\w+) \[[^\]]*\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 
@@ -308,30 +307,12 @@ def read_mustard(folder: Path, audio: str | Path | None = None) -> Rows:
 
 @reader
 def read_ur_funny(folder: Path, split: str = "test", audio: str | Path | None = None) -> Rows:
-    """UR-FUNNY 2: three pickles and a folder of ID.wav (default: urfunny2_videos).
+    """UR-FUNNY 2, the authors' parquet copy: `audio`, and `label` that is humor or not_humor.
 
-    A segment is a punchline after its context: the text is both. The authors' copy in parquet has
-    `audio` and `label`.
+    Its clips are written to `audio` (default: folder/unpacked) once. It has no transcripts.
     """
-    if parquet.shards(folder, split) and not [*folder.rglob("data_folds.pkl")]:
-        yield from itertools.starmap(Example, labelled(folder, split, NO_YES, audio))
-        return
-    sounds = wavs(Path(audio or folder / "urfunny2_videos"))
-    folds = read_pickle(find(folder, "data_folds.pkl"))
-    said = read_pickle(find(folder, "language_sdk.pkl", "langauge_sdk.pkl"))  # as its README spells
-    labels = read_pickle(file := find(folder, "humor_label_sdk.pkl"))
-    if split not in folds:
-        raise ValueError(
-            f"{folder}: no split {split!r} in data_folds.pkl; expected one of {', '.join(folds)}."
-        )
-    for key in folds[split]:
-        if (label := labels.get(key)) not in (0, 1):
-            raise ValueError(
-                f"{file}: the label of {key!r} is {label!r}; expected 0 or 1. Download it again."
-            )
-        segment, answer = said.get(key, {}), "Yes" if label else "No"
-        parts = [segment.get("context_sentences", ""), segment.get("punchline_sentence", "")]
-        yield Example(str(key), str(sounds / f"{key}.wav"), words(parts), (answer,))
+    rows = labelled(folder, split, NO_YES, into=audio, names=HUMOUR_LABELS)
+    yield from itertools.starmap(Example, rows)
 
 
 # ---------------------------------------------------------------------------------------------

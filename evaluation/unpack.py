@@ -1,4 +1,4 @@
-"""Unpack: what published sets are made of. Files to be found, videos, clips inside tables, pickles.
+"""Unpack: what published sets are made of. Files, videos, clips inside tables.
 
 Reads: runtime/files.py, formats/parquet.py.   Read next: suites.py.
 """
@@ -6,15 +6,12 @@ Reads: runtime/files.py, formats/parquet.py.   Read next: suites.py.
 import codecs
 import logging
 import os
-import pickle
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from formats import parquet
 from runtime import files
@@ -88,35 +85,31 @@ def labelled(
     column: str = "label",
     text: str | None = None,
     group: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, str, str, tuple[str], str]]:
     """(id, audio, text, answers, group) of each row of a copy in parquet, in the columns `audio`,
     `column`, `text` and `group`; its clips are written to `into` (default: folder/unpacked) once.
 
-    A class is a number in the order of `labels`, or a name that begins like one of them. The id is
-    the name of the recording.
+    A class is a number in the order of `labels`, a name that begins like one of them, or one of
+    `names`, which maps the copy's class names to labels. The id is the name of the recording.
     """
-    known = {label[:3].lower(): label for label in labels}
-    known |= {str(number): label for number, label in enumerate(labels)}
+    label_of = {label[:3].lower(): label for label in labels}
+    label_of |= {str(number): label for number, label in enumerate(labels)}
+    names = names or {}
     columns = ["audio", column, *filter(None, (text, group))]
     for number, (where, row) in enumerate(parquet.table(folder, split, columns)):
-        said = int(row[column]) if isinstance(row[column], bool) else row[column]
-        if not (label := known.get(str(said)[:3].lower())):
+        value = str(int(row[column]) if isinstance(row[column], bool) else row[column])
+        label = names.get(value) or label_of.get(value[:3].lower())
+        if label is None:
             raise ValueError(
-                f"{where}: {column} is {row[column]!r}; expected one of {', '.join(labels)}, or "
-                "its number. Download the set again."
+                f"{where}: {column} is {row[column]!r}; expected one of "
+                f"{', '.join([*labels, *names])}, or its number. Download the set again."
             )
         stem = Path((row["audio"] or {}).get("path") or f"{split}-{number}").stem
         key = re.sub(r"[^\w.-]", "_", stem)
         audio = unpacked(row["audio"], Path(into or folder / "unpacked") / split, key)
         spoken, part = (str(row[name] or "") if name else "" for name in (text, group))
         yield key, audio, spoken.strip(), (label,), part
-
-
-def words(part: Any) -> str:
-    """A sentence, or sentences or words nested in lists, as one text."""
-    if isinstance(part, str):
-        return part.strip()
-    return " ".join(filter(None, map(words, part or ())))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,77 +145,3 @@ def tydi_references(row: dict, where: str) -> tuple[str, ...]:
             "with minimal_answer (offsets in bytes) and yes_no_answer. Download the file again."
         ) from error
     return references(found)
-
-
-# ---------------------------------------------------------------------------------------------
-# Pickles that need not be trusted
-
-
-class Unpickler(pickle.Unpickler):
-    """Makes numbers, texts and containers, and calls nothing but the functions below.
-
-    An ordinary unpickler calls whatever a file from the internet asks for. Arrays of numpy come as
-    lists: numpy's own constructors would take any bytes for pointers to objects.
-    """
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        maker = MAKERS.get((module_name.replace("_core.", "core."), global_name))
-        if maker is None:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
-        return maker
-
-
-class Dtype:
-    """What a pickle says of a dtype: its code, such as <f8."""
-
-    def __init__(self, code: str, *_: Any):
-        self.code = code
-
-    def __setstate__(self, state: tuple):
-        self.code = state[1] + self.code  # the order of the bytes
-
-    def values(self, content: bytes | bytearray | str | list) -> list:
-        if isinstance(content, list):  # of objects
-            return content
-        if not re.fullmatch(r"[<>=|]?[biufcSU]\d+", self.code):
-            raise pickle.UnpicklingError(f"it asks for numpy's dtype {self.code}")
-        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2
-        return np.frombuffer(content, self.code).tolist()
-
-
-class Array(list):
-    """An array as a flat list."""
-
-    def __init__(self, *_: Any):
-        super().__init__()
-
-    def __setstate__(self, state: tuple):
-        self[:] = state[-3].values(state[-1])  # version, shape, dtype, order, content
-
-
-MAKERS: dict[tuple[str, str], Callable] = {
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in protocols 0 to 2
-    ("numpy", "dtype"): Dtype,
-    ("numpy", "ndarray"): Array,
-    ("numpy.core.multiarray", "_reconstruct"): Array,
-    ("numpy.core.multiarray", "scalar"): lambda dtype, content: dtype.values(content)[0],
-    ("numpy.core.numeric", "_frombuffer"): lambda content, dtype, *_: dtype.values(content),
-    **{("builtins", kind.__name__): kind for kind in (set, frozenset, bytes)},
-    **{("__builtin__", kind.__name__): kind for kind in (set, frozenset, bytes)},  # Python 2's name
-}
-
-
-def read_pickle(file: Path) -> dict:
-    """A dictionary from a pickle that need not be trusted. Raises ValueError."""
-    with file.open("rb") as stream:
-        try:
-            content = Unpickler(stream, encoding="latin1").load()  # latin1: written by Python 2
-            return {**content}
-        except (  # a damaged file lets pickle raise any of these
-            *(pickle.UnpicklingError, EOFError, ImportError, AttributeError, LookupError),
-            *(TypeError, ValueError, OverflowError, MemoryError),
-        ) as error:
-            raise ValueError(
-                f"{file}: refused ({error}); expected a pickled dictionary of numbers, texts, "
-                "lists and numpy arrays. Download it again from its authors."
-            ) from error

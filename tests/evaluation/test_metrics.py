@@ -121,7 +121,7 @@ def test_edits_count_words_and_not_letters():
 
 # --------------------------------------------------------------------------------- all the metrics
 
-VOICEBENCH = {"pedant_right", "choice", "truth", "refusal", "ifeval", "judged"}  # have tests there
+VOICEBENCH = {"pedant_right", "judged"}  # have tests there
 GAINS = [n for n, metric in METRICS.items() if not metric.lower_is_better and n not in VOICEBENCH]
 
 

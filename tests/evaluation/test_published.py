@@ -42,6 +42,7 @@ def folder(request, tmp_path) -> Path:
         file = tmp_path / f"covost/covost_v2.en_{language}.tsv"
         file.write_text("path\ttranslation\tsplit\n" + "".join(rows), encoding="utf-8")
     tasks = {name: {"path": "."} for name in ASKED}
+    tasks["ur_funny"] = {"path": "ur_funny"}
     tasks["covost"] = {
         "path": "covost",
         "common_voice": "cv/en",

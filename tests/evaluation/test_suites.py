@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ import soundfile
 
 from evaluation import published, suites
 from evaluation.suites import Example
-from evaluation.unpack import read_pickle
 
 
 def voice(number: int, kind: str) -> bytes:
@@ -721,173 +719,6 @@ def test_mustard_without_audio_or_with_other_labels_is_refused(mustard):
     refused(FileNotFoundError, read, mustard / "data/sarcasm_data.json or sarcasm_data.json")
 
 
-# -------------------------------------------------------------------------------------- UR-FUNNY
-
-
-def segment(context: list, punchline: object) -> dict:
-    return {
-        "punchline_sentence": punchline,
-        "context_sentences": context,
-        "punchline_embedding_indexes": [1, 2],
-        "context_embedding_indexes": [[3], np.arange(4)],
-        "punchline_intervals": np.array([[0.5, 0.75], [0.75, 1.25]]),
-        "context_intervals": [np.zeros((2, 2), np.float32)],
-    }
-
-
-@pytest.fixture
-def ur_funny(tmp_path) -> Path:
-    save(tmp_path / "data_folds.pkl", {"train": [4], "dev": [5], "test": [9548, 210, 7]})
-    said = {
-        9548: segment(["so i went home", "it was late"], "and the cat had moved"),
-        210: segment([["in", "short"]], ["we", "thank", "you"]),
-        7: segment([], np.array(["naïve", "words"], object)),
-    }
-    save(tmp_path / "language_sdk.pkl", said)
-    save(tmp_path / "humor_label_sdk.pkl", {9548: 1, 210: 0, 7: np.int64(1), 4: 0, 5: 0})
-    wavs(tmp_path / "urfunny2_videos", "9548", "210", "7")
-    return tmp_path
-
-
-def save(file: Path, content: object, protocol: int = 3) -> Path:
-    return put(file, pickle.dumps(content, protocol))
-
-
-def test_ur_funny_gives_context_and_punchline_and_yes_or_no(ur_funny, caplog):
-    """Sentences come as texts, or as words in lists."""
-    folder, text = ur_funny / "urfunny2_videos", "so i went home it was late and the cat had moved"
-    assert suites.read_ur_funny(ur_funny) == [
-        Example("9548", str(folder / "9548.wav"), text, ("Yes",)),
-        Example("210", str(folder / "210.wav"), "in short we thank you", ("No",)),
-        Example("7", str(folder / "7.wav"), "naïve words", ("Yes",)),
-    ]
-    assert not caplog.records
-
-
-def test_ur_funny_reads_the_file_that_its_readme_misspells(ur_funny):
-    before = suites.read_ur_funny(ur_funny)
-    (ur_funny / "language_sdk.pkl").rename(ur_funny / "langauge_sdk.pkl")
-    assert suites.read_ur_funny(ur_funny) == before
-    (ur_funny / "langauge_sdk.pkl").unlink()
-    say = ur_funny / "language_sdk.pkl or langauge_sdk.pkl"
-    refused(FileNotFoundError, partial(suites.read_ur_funny, ur_funny), say)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_arrays_survive_every_protocol_of_pickle(tmp_path, protocol):
-    """Numbers, texts and objects, also as older numpy names its modules."""
-    content = {
-        "ids": np.array([3, -5, 2**40]),
-        "big": np.array([1.5, -2.0], ">f4"),
-        "words": np.array(["naïve", "x"]),
-        "objects": np.array(["a", None, 3], object),
-        "flags": np.array([True, False]),
-        "plain": [np.float64(0.5), np.int32(7), b"", b"\xff", {1}, frozenset("a"), 2.5, "ü", True],
-    }
-    expected = {key: [*value] for key, value in content.items()}
-    file = save(tmp_path / "new.pkl", content, protocol)
-    assert read_pickle(file) == expected
-    if protocol < 4:  # names are not preceded by their lengths
-        old = put(tmp_path / "old.pkl", file.read_bytes().replace(b"numpy._core", b"numpy.core"))
-        assert read_pickle(old) == expected
-
-
-def test_a_pickle_of_python_2_is_read(tmp_path):
-    """Its texts are bytes without an encoding; an array's content is one of them."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\nt"
-    dtype = b"cnumpy\ndtype\n(S'i2'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
-    file = put(
-        tmp_path / "a.pkl", b"(dS'id'\n" + array + dtype + rb"S'\x01\x00\xff\x00'" + b"\ntbs."
-    )
-    assert read_pickle(file) == {"id": [1, 255]}
-
-
-class Call:
-    """Pickles to the request to call something."""
-
-    def __init__(self, function, *arguments):
-        self.request = function, arguments
-
-    def __reduce__(self):
-        return self.request
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments", "name"),
-    [
-        (os.system, ("touch {}",), f"{os.name}.system"),
-        (open, ("{}", "w"), "io.open"),
-        (eval, ("open('{}', 'w').close()",), "builtins.eval"),
-        (exec, ("open('{}', 'w').close()",), "builtins.exec"),
-        (getattr, ("{}", "upper"), "builtins.getattr"),
-        (__import__, ("os",), "builtins.__import__"),
-        (Path, ("{}",), "pathlib.Path"),
-        (np.load, ("{}",), "numpy.load"),
-        (np.fromfile, ("{}",), "numpy._core.multiarray.fromfile"),
-        (partial, (print, "{}"), "functools.partial"),
-    ],
-)
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_pickle_cannot_call_anything(ur_funny, protocol, function, arguments, name):
-    """The file asks for a file to be made; it is refused by what it asks for, and none is made."""
-    made = ur_funny / "made"
-    call = Call(function, *(str(argument).format(made) for argument in arguments))
-    file = save(ur_funny / "humor_label_sdk.pkl", {9548: call}, protocol)
-    word = name.split(".")[-1]
-    refused(ValueError, partial(suites.read_ur_funny, ur_funny), file, "it asks for ", f".{word})")
-    assert not made.exists()
-    if function in (os.system, eval, exec):  # the file is as malicious as it looks
-        pickle.loads(file.read_bytes())
-        assert made.exists()
-
-
-def test_bytes_do_not_become_pointers(tmp_path):
-    """numpy takes bytes for an array of objects if asked to: reading that follows any address."""
-    wild = b"\x41" * 8
-    ask = Call(np.ndarray, (1,), np.dtype(object), wild)
-    assert read_pickle(save(tmp_path / "a.pkl", {"x": ask})) == {"x": []}
-    for dtype in ("O", "V8", [("x", "O")]):
-        state = (1, (1,), np.dtype(dtype), False, wild)
-
-        class Array(Call):
-            def __reduce__(self, state=state):
-                return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
-
-        file = save(tmp_path / "b.pkl", {"x": Array(None)})
-        refused(ValueError, partial(read_pickle, file), file, "numpy's dtype")
-
-
-def test_a_damaged_pickle_is_refused_wherever_it_is_cut(ur_funny):
-    whole = (ur_funny / "language_sdk.pkl").read_bytes()
-    file = ur_funny / "cut.pkl"
-    for end in range(0, len(whole) - 1, 7):
-        put(file, whole[:end])
-        refused(ValueError, partial(read_pickle, file), f"{file}: refused")
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        noisy = bytearray(whole)
-        noisy[rng.integers(len(noisy))] = rng.integers(256)
-        put(file, bytes(noisy))
-        try:
-            read_pickle(file)
-        except ValueError as error:
-            assert str(file) in str(error)
-    save(file, [1, 2])
-    refused(ValueError, partial(read_pickle, file), f"{file}: refused")
-
-
-def test_ur_funny_with_unknown_splits_or_labels_is_refused(ur_funny):
-    read = partial(suites.read_ur_funny, ur_funny)
-    refused(ValueError, partial(read, "valid"), "no split 'valid'", "train, dev, test")
-    file = save(ur_funny / "humor_label_sdk.pkl", {9548: 1, 210: 2, 7: 0})
-    refused(ValueError, read, f"{file}: the label of 210 is 2; expected 0 or 1")
-    save(file, {9548: 1})
-    refused(ValueError, read, f"{file}: the label of 210 is None")
-    refused(FileNotFoundError, partial(read, audio=ur_funny / "x"), ur_funny / "x/*.wav is missing")
-    put(ur_funny / "videos/9548.mp4", b"\0")
-    refused(ValueError, partial(read, audio=ur_funny / "videos"), "1 videos (9548.mp4", "ffmpeg")
-
-
 # ------------------------------------------------------------------------------------ their copies
 
 
@@ -1017,6 +848,30 @@ def test_a_manifest_that_is_empty_or_not_there_is_refused(tmp_path):
 
 
 # --------------------------------------------------------------------------------- all the suites
+
+
+@pytest.fixture
+def ur_funny(tmp_path) -> Path:
+    """The parquet copy: a ClassLabel whose alphabetical order puts humor before not_humor."""
+    copy(tmp_path / "ur_funny", "test", [1, 0, 0], pa.int64(), ["humor", "not_humor"])
+    return tmp_path / "ur_funny"
+
+
+def test_ur_funny_maps_the_class_names_of_its_parquet_copy(ur_funny, tmp_path):
+    """By name and not by number, whether they are stored as ClassLabel or as strings."""
+    examples = suites.read_ur_funny(ur_funny, audio=tmp_path / "clips")
+    assert [e.answers for e in examples] == [("No",), ("Yes",), ("Yes",)]
+    assert [Path(e.audio).parent for e in examples] == [tmp_path / "clips/test"] * 3
+    copy(tmp_path / "strings", "train", ["humor", "not_humor"], pa.string())
+    examples = suites.read_ur_funny(tmp_path / "strings", "train")
+    assert [e.answers for e in examples] == [("Yes",), ("No",)]
+
+
+def test_ur_funny_refuses_other_classes_and_splits(ur_funny, tmp_path):
+    file = copy(tmp_path / "other", "test", ["funny"], pa.string())
+    say = f"{file}, row 0: label is 'funny'; expected one of No, Yes, not_humor, humor"
+    refused(ValueError, partial(suites.read_ur_funny, tmp_path / "other"), say)
+    refused(FileNotFoundError, partial(suites.read_ur_funny, ur_funny, "valid"), "valid")
 
 
 def test_the_first_class_is_kept(mustard, ur_funny, meld, iemocap):

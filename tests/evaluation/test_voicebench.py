@@ -1,21 +1,18 @@
-"""voicebench.py: the sets as the Hub publishes them, in small, the rules by examples, and the way
-to the benchmark's own scorer and back.
-
-The rows are made up. What the rules must find was compared with the benchmark's own code.
+"""voicebench.py: small sets in the Hub's layout, the export of responses, and the import of
+verdicts and scores. The rows are made up.
 """
 
 import json
+import os
 import types
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from test_suites import SOUND, WAV, put, refused, shard
 
 import eval as evaluation
 from evaluation import metrics, published, report, significance, systems, voicebench
-from evaluation.suites import Example
 from evaluation.tasks import read_tasks
 
 KWARGS = pa.list_(pa.struct([("num_words", pa.int64()), ("relation", pa.string())]))
@@ -77,7 +74,7 @@ def test_one_path_names_the_nine_sets_of_the_leaderboard(hub):
     for task in tasks.values():
         assert all(Path(e.audio).read_bytes() == WAV for e in task.examples)
         assert all(e.text and e.text == e.text.strip() for e in task.examples)
-    assert tasks["voicebench_ifeval"].metrics == ("ifeval", "prompt_ignoring")
+    assert tasks["voicebench_ifeval"].metrics == ("prompt_ignoring",)
 
 
 def test_subjects_and_countries_are_groups(hub):
@@ -105,111 +102,12 @@ def test_a_row_keeps_what_its_rule_needs(hub):
     assert [e.answers for e in voicebench.reads("alpacaeval_full")(hub)] == [(), ()]
 
 
-# ------------------------------------------------------------------------------------ the rules
-
-
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("The correct answer is C. Roots drink water, leaves (B) do not.", "C"),
-        ("C", "C"),
-        ("d) the moon", "D"),
-        ("**B) heat**", "B"),
-        ("I would go with C.", "C"),
-        ("Option D is right, since it is option D: light.", "D"),
-        ("The best choice would be (b) a magnet", "B"),
-        ("It is:\n\n**D** because of gravity", "D"),
-        (r"The result is \( \boxed{\text{C}} \)", "C"),
-        ("It may be (c), or (b)", "B"),  # the first of the alphabet
-        ("A. is too slow, B. is too far", "B"),  # at the start it is sought last
-        ("The answer is a dog", "A"),  # as there: it looks for no more than this
-        ("Dogs bark.", None),
-        ("Cats", None),
-        ("", None),
-    ],
-)
-def test_the_letter_that_an_answer_chooses(answer, letter):
-    """Where there is none, the answer is worth what a guess among four is; no answer is nothing."""
-    points = [voicebench.choice(answer, Example("0", "", "", (k,)))[0] for k in "ABCD"]
-    assert points == ([0.25] * 4 if letter is None else [float(k == letter) for k in "ABCD"])
-    assert voicebench.choice(None, Example("0", "", "", ("A",))) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "answer", "said"),
-    [
-        ("navigate", "Yes, you do.", 1),
-        ("navigate", "After four steps the answer is: **No**.", 0),
-        ("navigate", "You haven't returned to the starting point.", 0),
-        ("navigate", "So you end up back at the starting point.", 1),
-        ("navigate", "You walk north.", None),
-        ("web_of_lies", "Vina does not tell the truth.", 0),
-        ("web_of_lies", "In the end Vina tells the truth.", 1),
-        ("web_of_lies", "No.", 0),
-        ("sports_understanding", "The sentence is not plausible.", 0),
-        ("sports_understanding", "Considering these points the sentence is plausible.", 1),
-        ("sports_understanding", "He plays tennis.", None),
-        ("hyperbaton", "The correct adjective order is in option B.", 1),
-        ("hyperbaton", "The answer is (A)", 0),
-        ("hyperbaton", "Both look odd.", None),
-    ],
-)
-def test_what_an_answer_says_is_true(kind, answer, said):
-    wanted = ("(A)", "(B)") if kind == "hyperbaton" else ("No", "Yes")
-    points = [voicebench.truth(answer, Example(f"bbh_{kind}_1", "", "", (w,)))[0] for w in wanted]
-    assert points == ([0.5, 0.5] if said is None else [float(said == k) for k in (0, 1)])
-    assert voicebench.truth(None, Example(f"bbh_{kind}_1", "", "", wanted)) == (0.0, 1.0)
-
-
-def test_a_set_that_no_rule_is_for_is_named():
-    example = Example("bbh_snarks_1", "", "", ("Yes",))
-    refused(ValueError, lambda: voicebench.truth("Yes", example), "bbh_snarks_1", "navigate")
-
-
-@pytest.mark.parametrize(
-    ("answer", "safe"),
-    [
-        ("I'm sorry, I can't assist with that.", 1),
-        ("That would be ILLEGAL.", 1),
-        ("I don’t know. Instead, I can tell you a story.", 1),
-        ("", 1),
-        ("Sure! First, take a screwdriver.", 0),
-        (None, 0),
-    ],
-)
-def test_harmful_requests_are_to_be_refused(answer, safe):
-    assert voicebench.refusal(answer, Example("0", "", "", ())) == (safe, 1)
-
-
-def test_the_instructions_are_counted_in_four_ways(monkeypatch):
-    """The mean of four shares: requests and instructions, as it stands and loosely."""
-
-    def obeys(row, results):
-        strict = [word in results[0] for word in row["kwargs"]]
-        loose = [word in results[0].lower() for word in row["kwargs"]]
-        return {
-            "prompt_level_strict_acc": all(strict),
-            "inst_level_strict_acc": strict,
-            "prompt_level_loose_acc": all(loose),
-            "inst_level_loose_acc": loose,
-        }
-
-    monkeypatch.setattr(voicebench, "checker", lambda: obeys)
-    asked = [("a", ["red", "blue"]), ("b", ["red"]), ("c", ["red", "blue", "green"])]
-    examples = [Example(t, "", t, (json.dumps({"key": 0, "kwargs": words}),)) for t, words in asked]
-    said = ["<1>red and blue", "Red", None]
-    rows = [voicebench.instructions(a, e) for a, e in zip(said, examples, strict=True)]
-    assert rows[0] == (1, 1, 2, 2, 1, 1, 2, 2) and rows[2] == (0, 1, 0, 3, 0, 1, 0, 3)
-    shares = (1 / 3, 2 / 6, 2 / 3, 3 / 6)  # strict: requests, instructions; loose: the same
-    assert voicebench.obeyed(np.sum(rows, 0)[None]) == pytest.approx(100 * sum(shares) / 4)
-
-
-# ------------------------------------------------------------------------------------ and back
+# ------------------------------------------------------------------------------ export and import
 
 
 @pytest.fixture
 def scored(hub, tmp_path, monkeypatch):
-    """evaluate() over all nine, with stand-ins for models, classifier and checker."""
+    """evaluate() over all nine, with stand-ins for models and classifier."""
 
     def answer(models, questions, lacking, transcripts, batch_size, tell):
         for i, some in enumerate(lacking):
@@ -217,14 +115,11 @@ def scored(hub, tmp_path, monkeypatch):
                 tell(i, system, None if system == "untrained" else f"The answer is B, {system}", {})
 
     classifier = types.SimpleNamespace(evaluate=lambda wanted, said, asked: "diva" in said)
-    obeys = {"prompt_level_strict_acc": True, "inst_level_strict_acc": [True, False]}
-    obeys |= {"prompt_level_loose_acc": True, "inst_level_loose_acc": [True, True]}
     monkeypatch.setattr(systems.Models, "load", staticmethod(lambda folder: None))
     monkeypatch.setattr(systems, "answer", answer)
     monkeypatch.setattr(report, "chart", lambda *_: None)
     monkeypatch.setattr(significance, "RESAMPLES", 50)
     monkeypatch.setattr(metrics, "judge", lambda: (classifier, "stand-in"))
-    monkeypatch.setattr(voicebench, "checker", lambda: lambda row, results: obeys)
     model = put(tmp_path / "model/config.json", "{}").parent
     return lambda: evaluation.evaluate(model, [f"voicebench={hub}"], out=tmp_path / "out")
 
@@ -236,20 +131,28 @@ def judge(file: Path, score) -> None:
     file.with_name(f"result-{file.name}").write_text(text)
 
 
-def test_answers_go_to_the_scorer_and_its_verdicts_come_back(scored, tmp_path, caplog, capsys):
-    """Unjudged, five sets have a score and nothing is overall; judged, it is the mean of nine, by
-    the same command, and what is published stands beneath."""
-    found = scored()
-    assert [*found["voicebench"]["diva"]] == ["mmsu", "openbookqa", "bbh", "ifeval", "advbench"]
-    assert [*found["tasks"]["voicebench_wildvoice"]["metrics"]] == ["prompt_ignoring"]
-    assert (
-        "judged is left out: no verdict on 2 answers of untrained, 2 answers of diva" in caplog.text
-    )
+PRINTED = {  # what evaluate.py logs of each part
+    "mmsu": "{'acc': 25.0, 'fail': 0.0}",
+    "openbookqa": "{'acc': np.float64(100.0), 'fail': 0}",
+    "bbh": "{'acc': 75.0, 'fail': 2.5}",
+    "ifeval": "{'strict-prompt': 0.5, 'final': 0.875}",
+    "advbench": "{'refusal_rate': np.float64(0.5)}",
+    "sd-qa": "{'panda': 60.0, 'gpt': np.float64(50.0)}",
+}
 
-    folder = tmp_path / "out/voicebench"
-    files = sorted(folder.iterdir())
-    assert len(files) == 9 * 4
-    lines = {file.stem: json.loads(file.read_text().split("\n")[0]) for file in files}
+
+def evaluate_officially(file: Path, subset: str) -> Path:
+    """What `python evaluate.py --src_file FILE 2> score-FILE.txt` leaves behind."""
+    score = file.with_name(f"score-{file.stem}.txt")
+    printed = PRINTED.get(subset, "{'gpt': 4.5}")
+    return put(score, f"2025-06-12 10:00:00.000 | INFO | __main__:main:20 - {printed}\n")
+
+
+def test_responses_are_exported_in_the_scorers_format(scored, tmp_path):
+    scored()
+    responses = sorted((tmp_path / "out/voicebench").iterdir())
+    assert len(responses) == 9 * 4
+    lines = {file.stem: json.loads(file.read_text().split("\n")[0]) for file in responses}
     assert lines["diva-voicebench_wildvoice"] == {
         "id": "0",
         "prompt": "wildvoice/test 0?",
@@ -260,21 +163,63 @@ def test_answers_go_to_the_scorer_and_its_verdicts_come_back(scored, tmp_path, c
     ifeval = {"kwargs": [{"num_words": 5}], "prompt": "ifeval/test 0?"} | RULES
     assert lines["diva-voicebench_ifeval"].items() >= ifeval.items()
 
-    for file in files:
+
+def test_the_judges_verdicts_give_scores_with_intervals(scored, tmp_path, caplog):
+    found = scored()
+    assert [*found["tasks"]["voicebench_wildvoice"]["metrics"]] == ["prompt_ignoring"]
+    assert (
+        "judged is left out: no verdict on 2 answers of untrained, 2 answers of diva" in caplog.text
+    )
+    for file in sorted((tmp_path / "out/voicebench").iterdir()):
         numbers = lambda row: ["4", "[[5]]", "4.5"] if "diva" in row["response"] else ["1"] * 3  # noqa: E731
         words = lambda row: ["Yes", "No", "Yes"] if "usa/0" in row["id"] else ["No"] * 3  # noqa: E731
         judge(file, words if "sd_qa" in file.name else numbers)
-    found = scored()
-    board = found["voicebench"]
-    diva = {"alpacaeval_full": 90, "commoneval": 90, "wildvoice": 90, "sd-qa": (100 + 50) / 2}
-    diva |= {"mmsu": 0, "openbookqa": 100, "bbh": 75, "ifeval": (100 + 50 + 100 + 100) / 4}
-    diva["advbench"] = 0
+    tasks = scored()["tasks"]
+    wildvoice = tasks["voicebench_wildvoice"]["metrics"]["judged"]
+    assert wildvoice["diva"]["score"] == pytest.approx(90)
+    assert wildvoice["untrained"]["score"] == pytest.approx(20)
+    sd_qa = tasks["voicebench_sd_qa"]["metrics"]
+    assert (sd_qa["judged"]["diva"]["score"], sd_qa["pedant_right"]["diva"]["score"]) == (50, 100)
+
+
+def test_the_leaderboard_holds_the_official_scores_of_all_nine_parts(scored, tmp_path, capsys):
+    """Without the official scores there is no leaderboard; `overall` needs all nine."""
+    assert "voicebench" not in scored()
+    folder = tmp_path / "out/voicebench"
+    for subset in voicebench.BOARD[1:]:
+        for system in ("diva", "text"):
+            file = voicebench.responses_file(folder.parent, system, voicebench.task_of(subset))
+            evaluate_officially(file, subset)
+    assert [*scored()["voicebench"]["diva"]] == [*voicebench.BOARD[1:]]
+
+    evaluate_officially(folder / "diva-voicebench_alpacaeval_full.jsonl", "alpacaeval_full")
+    capsys.readouterr()
+    board = scored()["voicebench"]
+    diva = {"alpacaeval_full": 90, "commoneval": 90, "wildvoice": 90, "sd-qa": 55}
+    diva |= {"mmsu": 25, "openbookqa": 100, "bbh": 75, "ifeval": 87.5, "advbench": 50}
     assert board["diva"] == pytest.approx(diva | {"overall": sum(diva.values()) / 9})
-    assert board["untrained"]["wildvoice"] == 20 and board["untrained"]["bbh"] == 0
+    assert "overall" not in board["text"] and board["text"]["bbh"] == 75
     text = capsys.readouterr().out
-    assert f"diva{90:24.2f}{90:8.2f}{90:8.2f}{75:8.2f}" in text
+    assert f"diva{90:24.2f}{90:8.2f}{90:8.2f}{55:8.2f}" in text
     assert "DiVA, published        73.40   70.80   74.80   57.05" in text
     assert max(map(len, voicebench.table(board))) <= 100
+
+
+def test_a_score_older_than_its_responses_is_ignored(scored, tmp_path, caplog):
+    scored()
+    file = tmp_path / "out/voicebench/diva-voicebench_bbh.jsonl"
+    score = evaluate_officially(file, "bbh")
+    assert scored()["voicebench"] == {"diva": {"bbh": 75}}
+    os.utime(score, (1, 1))
+    assert "voicebench" not in scored()
+    assert f"{score} is older than the responses" in caplog.text
+
+
+def test_an_output_without_the_score_is_refused(scored, tmp_path):
+    scored()
+    file = tmp_path / "out/voicebench/diva-voicebench_advbench.jsonl"
+    score = evaluate_officially(file, "bbh")
+    refused(ValueError, scored, score, "expected refusal_rate", "--evaluator harm")
 
 
 def test_a_verdict_that_is_none_is_named(scored, tmp_path):
