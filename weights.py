@@ -434,13 +434,17 @@ def main(model: Annotated[str, tyro.conf.Positional] = "toy/diva", devices: int 
     import whisper
 
     folder = resolve(model)
-    kinds = {"whisper": whisper.Whisper, "llama": llama.Llama, "diva": connector.DiVA}
+    kinds = {
+        "whisper": whisper.Whisper.published,
+        "llama": llama.Llama.published,
+        "diva": connector.published,
+    }
     kind = files.read_json(folder / "config.json").get("model_type")
     if kind not in kinds:
         raise ValueError(
             f"{folder / 'config.json'}: model_type {kind!r}; expected one of {', '.join(kinds)}."
         )
-    print("\n".join(describe(kinds[kind].published(folder), folder, devices)))
+    print("\n".join(describe(kinds[kind](folder), folder, devices)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def lower(preset: str, times: int) -> Any:
     """The step, traced and lowered for one device of this machine."""
     config, asr, llm = deeper(preset, times)
     mesh = sharding.make_mesh(config.batch_size, devices=jax.devices()[:1])
-    state, batch = train.abstract_inputs(config, mesh, asr, llm)
+    state, batch = train.abstract_inputs(config, mesh, asr=asr, llm=llm)
     static = {"recipe": recipe.recipe_of(config), "mesh": mesh}
     return train.train_step.lower(*state, batch, np.int32(0), **static)
 

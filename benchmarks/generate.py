@@ -75,8 +75,8 @@ def first_token(
     name: str, asr_path: str, llm_path: str, queries: int, window: float
 ) -> Callable[[], int]:
     """For a side, `diva` or `cascade` of two models: from a clip to the first token."""
-    diva = connector.DiVA.untrained(
-        *(asr_path, llm_path, queries, jax.random.key(0)), window=window
+    diva = connector.load_untrained(
+        asr_path, llm_path, num_queries=queries, key=jax.random.key(0), window=window
     )
     asr, chat = generate.Transcriber.load(asr_path), llama.Chat.load(llm_path)
     virtual_tokens = eqx.filter_jit(diva.virtual_tokens)

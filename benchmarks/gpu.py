@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+import data
 import generate
 import llama
 import train
@@ -110,12 +111,12 @@ def step(
             if size == BATCHES[-1]:
                 raise
     rng = np.random.default_rng(0)
-    clips = {
-        "audio": rng.normal(size=shapes.audio.shape).astype(np.float32),
-        "ids": rng.integers(0, llm.vocab_size, shapes.transcript.shape).astype(np.int32),
-        "lengths": np.full(size, cost.MEAN_TEXT, np.int32),
-        "weights": np.ones(size, np.float32),
-    }
+    clips = data.Batch(
+        transcript=rng.integers(0, llm.vocab_size, shapes.transcript.shape).astype(np.int32),
+        lengths=np.full(size, cost.MEAN_TEXT, np.int32),
+        weights=np.ones(size, np.float32),
+        audio=rng.normal(size=shapes.audio.shape).astype(np.float32),
+    )
     params, opt_state, frozen = state
     params, frozen = filled(params), filled(frozen)
     opt_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), opt_state)

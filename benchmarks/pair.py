@@ -33,13 +33,22 @@ ROWS = {  # name: digits
 
 
 @eqx.filter_jit
-def look(diva: connector.DiVA, batch: dict, prefix, suffix) -> dict[str, jax.Array]:
+def look(diva: connector.DiVA, batch: data.Batch, prefix, suffix) -> dict[str, jax.Array]:
     """Of each clip: distance of its aligned tokens (a sum), of its states, KL, nearest tokens."""
-    out = diva(batch.audio, batch.transcript, batch.lengths, prefix, suffix)
-    aligned, real = distill_loss.last_tokens(out.virtual, batch.lengths, batch.transcript.shape[1])
-    student, teacher = out.student[:, 0], out.teacher[:, 0]
+    out = diva(
+        transcript=batch.transcript,
+        lengths=batch.lengths,
+        prefix=prefix,
+        suffix=suffix,
+        response=batch.transcript[:, :0],
+        audio=batch.audio,
+    )
+    aligned, real = distill_loss.last_tokens(
+        out.virtual_tokens, batch.lengths, batch.transcript.shape[1]
+    )
+    student, teacher = out.student_states[:, 0], out.teacher_states[:, 0]
     return {
-        "alignment": (distill_loss.l2_norm(aligned - out.targets) * real).sum(1),
+        "alignment": (distill_loss.l2_norm(aligned - out.transcript_embeds) * real).sum(1),
         "response": distill_loss.l2_norm(student - teacher),
         "KL of the first token, nats": distill_loss.kl_divergence(
             student, teacher, diva.llm.output_matrix
@@ -55,7 +64,7 @@ def score(diva: connector.DiVA, models: systems.Models, corpus: data.Corpus) -> 
     parts = []
     for first in range(0, clips, AT_ONCE):
         rows = [load(min(i, clips - 1)) for i in range(first, first + AT_ONCE)]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch = data.Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
         parts.append(jax.device_get(look(diva, batch, *turn)))
     found = {name: np.concatenate([part[name] for part in parts])[:clips] for name in parts[0]}
     heard = [

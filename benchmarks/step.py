@@ -16,17 +16,17 @@ from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import connector
+import data
 import llama
 import train
 import weights
 from benchmarks import side_by_side, sizes
 from runtime import files, sharding
-from training import cost, recipe
+from training import cost, recipe, teacher_responses
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -48,10 +48,13 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
         "lengths": lengths.astype(np.int32),
         "weights": np.ones(size, np.float32),
     }
-    words = (batch.transcript, batch.lengths, prefix, suffix, batch.transcript[:, :0])
-    text, last = connector.text_turn(*map(jnp.asarray, words))
-    teacher = {"text": np.asarray(text), "last": np.asarray(last)}
-    return batch | teacher | {"prefix": prefix, "suffix": suffix}
+    # The teacher's rows [prefix | transcript | suffix | padding], and each one's last position.
+    rows = np.zeros((size, len(prefix) + longest + len(suffix)), np.int32)
+    for row, ids, length in zip(rows, batch["ids"], lengths, strict=True):
+        turn = np.concatenate([prefix, ids[:length], suffix])
+        row[: len(turn)] = turn
+    last = (len(prefix) + lengths + len(suffix) - 1).astype(np.int32)
+    return batch | {"text": rows, "last": last, "prefix": prefix, "suffix": suffix}
 
 
 # ------------------------------------------------------------------------------------- our own side
@@ -59,10 +62,16 @@ def make_batch(folder: Path, size: int, turn: tuple[list[int], list[int]]) -> di
 
 def state(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> tuple:
     """Mesh, (trained arrays, optimizer state, frozen rest), and the batch as train.py has it."""
-    mesh = sharding.make_mesh(len(batch.transcript), devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(len(batch["ids"]), devices=jax.devices()[:1])
     diva = sharding.shard_params(connector.load(folder), mesh)
-    before = train.state_of(config, diva, (batch["prefix"], batch["suffix"], None), mesh)
-    return mesh, before, {name: batch[name] for name in ("audio", "ids", "lengths", "weights")}
+    template = teacher_responses.make_template(batch["prefix"], batch["suffix"])
+    arrays = data.Batch(
+        transcript=batch["ids"],
+        lengths=batch["lengths"],
+        weights=batch["weights"],
+        audio=batch["audio"],
+    )
+    return mesh, train.place_state(config, diva, template, mesh), arrays
 
 
 def gradient(folder: Path, batch: dict[str, np.ndarray], config: recipe.Config) -> Callable:
@@ -130,7 +139,7 @@ def agreement(
 def flops(folder: Path, queries: int, batch: dict[str, np.ndarray]) -> float:
     """Of one step, by hand."""
     asr, (_, llm) = connector.encoder_config(folder), connector.references(folder)
-    size, text = batch.transcript.shape
+    size, text = batch["ids"].shape
     given = asr, cost.sizes_of(llama.LlamaConfig, llm), queries, len(batch["suffix"]), text
     return size * sum(cost.flops(*given, before=len(batch["prefix"])).values())
 

@@ -3,7 +3,7 @@
     default   the default command with three seeds, beside the other systems
     weights   how much of each response loss, beside the alignment: chosen on the dev split
     grid      how many tokens of the teacher's answer are distilled, by which loss; then without
-              alignment, without response, and with instructions: shorter runs, on the test split
+              alignment, and without response: shorter runs, on the test split
 
 The grid begins with one seed of each row. Prints toy/README.md's tables. What is known stands in
 runs/benchmarks/toy.json as soon as a run is done, and is not run again: begin with a copy of
@@ -65,10 +65,6 @@ def rows(weight: dict[str, float]) -> dict[str, str]:
             tokens, "l2", weight["l2"], "--align-weight 0"
         )
     found["alignment alone"] = "--response-weight 0"
-    for tokens in TOKENS[0], TUNED:
-        found[f"{tokens} by l2, with instructions"] = flags_of(
-            tokens, "l2", weight["l2"], "--instructions toy/instructions.txt"
-        )
     return found
 
 

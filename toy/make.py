@@ -351,10 +351,7 @@ LLAMA_ROUNDS = [(12_000, 2.0e-3), (12_000, 1.0e-3)]  # steps and peak learning r
 
 
 def make_llama(batch_size: int = 64) -> None:
-    """Write toy/llama: config.json, tokenizer files, and weights trained on text; and the list of
-    instructions that a student may be trained under."""
-    lines = "".join(f"{prompt}\n" for prompt in world.MORE_PROMPTS.values())
-    (TOY / "instructions.txt").write_text(lines, encoding="utf-8")
+    """Write toy/llama: config.json, tokenizer files, and weights trained on text."""
     folder = TOY / "llama"
     folder.mkdir(exist_ok=True)
     words = sorted({*world.written_words(), "user", "assistant", "system"})

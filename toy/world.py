@@ -133,7 +133,7 @@ PROMPTS = {
     ),
     "repeat": "Repeat the input.",
 }
-# Others, that a student may be trained under (instructions.txt): none of them is evaluated.
+# Further instructions that the LLM is trained to follow; none of them is evaluated.
 MORE_PROMPTS = {
     "first": "Say the first word of the input.",
     "last": "Say the last word of the input.",

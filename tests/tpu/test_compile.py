@@ -74,7 +74,7 @@ def test_the_published_step_on_the_published_slice():
     )
     assert scheduled < alone - 0.005
     # In bfloat16: weights as often as they are gathered, gradients of what is trained once.
-    params = train.abstract_inputs(config, sharding.make_mesh(512), asr, llm)[0][0]
+    params = train.abstract_inputs(config, sharding.make_mesh(512), asr=asr, llm=llm)[0][0]
     gathered = test_cost.bytes_gathered(params, sharding.MIN_SHARDED_SIZE, 2, "attention")
     gradients = 2 * test_cost.parameters(params)
     whole = {kind: float(rows[kind][1]) * 1e9 for kind in hlo.TRAVEL if kind in rows}
@@ -94,7 +94,7 @@ def test_a_tiny_step_on_a_small_slice():
     config = recipe.Config(batch_size=batch_size, dtype="bfloat16", queries=test_cost.QUERIES)
     mesh = sharding.make_mesh(batch_size, devices=devices)
     asr, llm = test_cost.ASR, test_cost.LLM
-    state = train.abstract_inputs(config, mesh, asr, llm)[0]
+    state = train.abstract_inputs(config, mesh, asr=asr, llm=llm)[0]
     batch = test_cost.batch_of(config, asr, mesh)
     chip = cost.CHIPS[devices[0].device_kind]
     inputs = state, batch
@@ -121,7 +121,7 @@ def test_two_compilers_move_the_same_numbers():
 
     def compiled(devices: list) -> tuple[hlo.Program, int]:
         mesh = sharding.make_mesh(config.batch_size, config.fsdp, devices)
-        inputs = train.abstract_inputs(config, mesh, asr, llm)
+        inputs = train.abstract_inputs(config, mesh, asr=asr, llm=llm)
         step, *_ = train.compile_step(config, [mesh], math.inf, lambda _: inputs)
         return hlo.Program(step, len(devices)), test_cost.parameters(inputs[0][0])
 

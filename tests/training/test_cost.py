@@ -56,19 +56,21 @@ BATCH, DEVICES, SMALL = 32, 8, 256
 WAYS = ("attention", "layers")
 
 
-def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> dict:
+def batch_of(config: recipe.Config, asr: whisper.WhisperConfig, mesh) -> data.Batch:
     """Its shapes, with transcripts of TEXT."""
-    shapes = data.batch_shapes(config.batch_size, asr.window_samples, TEXT)
+    shapes = data.batch_shapes(
+        config.batch_size, max_length=TEXT, window_samples=asr.window_samples
+    )
     return sharding.shard_host_batch(shapes, mesh)
 
 
 def abstract_step(
     batch_size: int, devices: int, fsdp: int | None = None
-) -> tuple[recipe.Config, tuple, dict]:
+) -> tuple[recipe.Config, tuple, data.Batch]:
     """A configuration, and shapes of the state and of a batch, on a mesh of so many devices."""
     config = recipe.Config(batch_size=batch_size, dtype="float32", queries=QUERIES)
     mesh = sharding.make_mesh(batch_size, fsdp, jax.devices()[:devices])
-    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
+    state = train.abstract_inputs(config, mesh, asr=ASR, llm=LLM)[0]
     return config, state, batch_of(config, ASR, mesh)
 
 
@@ -842,7 +844,7 @@ def test_micro_batches_need_less_and_the_one_that_is_named_fits(compiled):
     the message names a part that does fit."""
     config, needed = recipe.Config(batch_size=BATCH, dtype="float32", queries=QUERIES), {}
     mesh = sharding.make_mesh(BATCH, devices=jax.devices()[:1])
-    state = train.abstract_inputs(config, mesh, ASR, LLM)[0]
+    state = train.abstract_inputs(config, mesh, asr=ASR, llm=LLM)[0]
     for size in (None, BATCH // 2, BATCH // 4):
         some = dataclasses.replace(config, micro_batch=size)
         inputs = state, batch_of(config, ASR, mesh)
