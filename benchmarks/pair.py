@@ -94,7 +94,7 @@ def answers(models: systems.Models, corpus: data.Corpus) -> list[dict[str, str]]
 
 
 def table(measured: dict) -> str:
-    """README's tables."""
+    """The scores (README's table), and sample answers."""
     if not measured:
         return ""
     lines = [f"| | {' | '.join(ROWS)} |", f"|---|{'--:|' * len(ROWS)}"]
@@ -126,7 +126,7 @@ def main(run: Annotated[Path, tyro.conf.Positional], clips: Path) -> None:
         "clips": len(corpus.ids),
         "steps": len(steps),
         "seconds": round(sum(step["seconds"] for step in steps)),
-        "watched": [{k: s[k] for k in ("step", "kl", "heard")} for s in steps if "kl" in s],
+        "watched": [{k: s[k] for k in ("step", "kl", "nearest_token_accuracy")} for s in steps if "kl" in s],
         "before": score(untrained, models, corpus),
         "after": score(models.diva, models, corpus),
         "answers": answers(models, corpus),

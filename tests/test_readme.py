@@ -75,10 +75,10 @@ def test_the_tables_are_the_measurements():
     assert toy.systems_table(measured) in README
 
 
-def test_the_real_pairs_tables_are_the_measurement():
-    """Both are what benchmarks/pair.py prints from benchmarks/pair.json."""
-    tables = pair.table(json.loads(pair.FILE.read_text())).split("\n\n")
-    assert len(tables) == 2 and all(table in README for table in tables)
+def test_the_real_pairs_scores_are_the_measurement():
+    """The first table that benchmarks/pair.py prints from benchmarks/pair.json."""
+    scores, _ = pair.table(json.loads(pair.FILE.read_text())).split("\n\n")
+    assert scores in README
 
 
 def test_the_tables_of_slices_are_what_was_compiled():
