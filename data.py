@@ -444,7 +444,8 @@ def describe(clips: list[Clip], lengths: list[int], corpus: Corpus, batch_size: 
             most = ", ".join(f"{key} {n}" for key, n in counts.most_common(8))
             lines.append(f"{name:11} {len(counts)}: {most}{', ...' if len(counts) > 8 else ''}")
     batch = next(batches(corpus, batch_size=batch_size, seed=0))
-    shapes = (f"{name} {x.dtype} {list(x.shape)}" for name, x in batch.items())
+    fields = [(name, x) for name, x in batch._asdict().items() if x is not None]
+    shapes = (f"{name} {x.dtype} {list(x.shape)}" for name, x in fields)
     return [*lines, f"a batch     {', '.join(shapes)}"]
 
 

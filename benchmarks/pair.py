@@ -126,7 +126,11 @@ def main(run: Annotated[Path, tyro.conf.Positional], clips: Path) -> None:
         "clips": len(corpus.ids),
         "steps": len(steps),
         "seconds": round(sum(step["seconds"] for step in steps)),
-        "watched": [{k: s[k] for k in ("step", "kl", "nearest_token_accuracy")} for s in steps if "kl" in s],
+        "validation": [
+            {name: step[name] for name in ("step", "kl", "nearest_token_accuracy")}
+            for step in steps
+            if "kl" in step
+        ],
         "before": score(untrained, models, corpus),
         "after": score(models.diva, models, corpus),
         "answers": answers(models, corpus),

@@ -865,13 +865,18 @@ def numbers(batch: dict[str, np.ndarray]) -> list[int]:
     return [int(n) - 1 for n in batch.transcript[:, 0]]
 
 
-def equal(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> None:
+def fields_of(batch: data.Batch) -> dict[str, np.ndarray]:
+    """The fields of a batch that are not absent."""
+    return {name: x for name, x in batch._asdict().items() if x is not None}
+
+
+def equal(a: list[data.Batch], b: list[data.Batch]) -> None:
     """Bit for bit."""
     assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip(map(fields_of, a), map(fields_of, b), strict=True):
         assert x.keys() == y.keys()
-        for key in x:
-            np.testing.assert_array_equal(x[key], y[key], err_msg=key, strict=True)
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name], err_msg=name, strict=True)
 
 
 few = settings(
@@ -886,9 +891,9 @@ def test_a_batch_holds_audio_tokens_lengths_and_weights(decoder):
     """Types and shapes; tokens and audio belong together; zeros behind both."""
     corpus = made_up(30)
     batch = take(1, corpus, batch_size=12, seed=0)[0]
-    assert {key: (x.dtype, x.shape) for key, x in batch.items()} == {
+    assert {key: (x.dtype, x.shape) for key, x in fields_of(batch).items()} == {
         "audio": (np.float32, (12, WINDOW)),
-        "ids": (np.int32, (12, 8)),
+        "transcript": (np.int32, (12, 8)),
         "lengths": (np.int32, (12,)),
         "weights": (np.float32, (12,)),
     }
@@ -977,8 +982,9 @@ def test_the_rows_of_all_processes_are_the_batch_of_one(decoder, count, rows, pr
         for p in range(processes)
     ]
     for step, batch in enumerate(whole):
-        together = {key: np.concatenate([part[step][key] for part in parts]) for key in batch}
-        equal([together], [batch])
+        rows_of_all = zip(*(fields_of(part[step]).values() for part in parts), strict=True)
+        together = map(np.concatenate, rows_of_all)
+        equal([data.Batch(**dict(zip(fields_of(batch), together, strict=True)))], [batch])
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
@@ -1107,4 +1113,4 @@ def test_the_command_says_what_a_corpus_holds(tmp_path, capsys):
     assert lines[2].split() == "clip longest 2.00 s, median 0.50 s".split()
     assert lines[3].split() == "transcript longest 9 tokens, median 3".split()
     assert lines[4].split(None, 1) == ["accents", "2: us 2, scottish 1"]
-    assert "audio float32 [2, 25600], ids int32 [2, 8]" in lines[5]
+    assert "transcript int32 [2, 8]" in lines[5] and "audio float32 [2, 25600]" in lines[5]

@@ -399,7 +399,7 @@ def test_every_system_answers_as_one_clip_alone_with_whole_passes(
     The oracle's answers differ between clips and between systems and end in both ways, else this
     would prove little.
     """
-    decoded = counted(monkeypatch, recording, "load")
+    decoded = counted(monkeypatch, audio_files, "load")
     encoded = counted(monkeypatch, systems, "listen")
     heard = {}
     told = ask_all(models, questions, heard=heard, size=4)
@@ -505,7 +505,7 @@ def test_the_instruction_stands_in_the_system_turn(models):
 
 def test_what_is_not_lacking_is_not_decoded_or_told(models, questions, expected, monkeypatch):
     """Texts where only they are lacking, speech where it is lacking, nothing at all elsewhere."""
-    decoded = counted(monkeypatch, recording, "load")
+    decoded = counted(monkeypatch, audio_files, "load")
     kinds = [set(), {"text"}, {"untrained", "diva"}, {"cascade"}, EVERY]
     lacking = [kinds[i % 5] for i in range(14)] + [set()] * 5
     heard = {}
@@ -532,7 +532,7 @@ def test_connectors_and_recogniser_run_only_where_they_are_lacking(
 ):
     """In batches of four: diva for five clips, then transcripts for six."""
     spoken = counted(monkeypatch, systems, "speak")
-    recognised = counted(monkeypatch, generate, "greedy")
+    recognised = counted(monkeypatch, generate, "greedy_decode")
     asked = [q._replace(ask=QA) for q in questions[:12]]
     ask_all(models, asked, [{"diva"}] * 5 + [{"text"}] * 7, dict(transcripts))
     assert all(module is models.connectors["diva"] for module, _ in spoken)
@@ -613,7 +613,7 @@ def test_a_text_is_answered_once_however_many_clips_say_it(models, questions, or
 
 def test_answers_are_told_while_later_clips_are_yet_to_be_decoded(models, questions, monkeypatch):
     """One batch is decoded ahead, no more; and a batch of texts is told before the next one."""
-    decoded = counted(monkeypatch, recording, "load_window")
+    decoded = counted(monkeypatch, audio_files, "load_window")
     generated = counted(monkeypatch, generate, "generate")
     seen = []
 

@@ -514,9 +514,10 @@ def test_batches_of_parquet_are_those_of_the_same_clips_as_files(tmp_path, monke
         how = {"batch_size": 4, "seed": 1, "start_step": start, "process_count": count}
         parts = [take(3, a, **how, process_index=p) for p in range(count)]
         for step in range(3):
-            for key, expected in whole[start + step].items():
-                found = np.concatenate([part[step][key] for part in parts])
-                np.testing.assert_array_equal(found, expected, strict=True)
+            for name, expected in whole[start + step]._asdict().items():
+                if expected is not None:
+                    rows = np.concatenate([getattr(part[step], name) for part in parts])
+                    np.testing.assert_array_equal(rows, expected, strict=True)
 
 
 def test_rows_that_cannot_be_decoded_have_weight_0_and_are_named_once(tmp_path, caplog):
@@ -529,7 +530,7 @@ def test_rows_that_cannot_be_decoded_have_weight_0_and_are_named_once(tmp_path, 
     corpus = data.prepare(data.read_clips(tmp_path), encode, RATE * 15 // 100, 4)
     weights = {}
     for batch in take(9, corpus, batch_size=2, seed=0):
-        for ids, weight, audio in zip(batch["ids"], batch["weights"], batch["audio"], strict=True):
+        for ids, weight, audio in zip(batch.transcript, batch.weights, batch.audio, strict=True):
             assert audio.any() == (weight > 0)
             weights.setdefault(int(ids[0]) - 100, set()).add(float(weight))
     assert weights == {0: {1.0}, 1: {0.0}, 2: {0.0}, 3: {0.0}, 4: {1.0}}

@@ -86,7 +86,7 @@ WISHING = (
 
 @pytest.mark.parametrize("work", [ASLEEP, LOST, BLOCKED])
 def test_ctrl_c_is_one_line_and_130_also_where_python_hears_nothing(work):
-    process = started(f"from runtime import cli\ndef main(): {work}\ncommand.run(main, 'bye')")
+    process = started(f"from runtime import cli\ndef main(): {work}\ncli.run(main, 'bye')")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
@@ -96,7 +96,7 @@ def test_ctrl_c_is_one_line_and_130_also_where_python_hears_nothing(work):
 
 
 def test_ctrl_c_that_is_a_wish_ends_nothing():
-    process = started(f"from runtime import cli\ndef main():\n    {WISHING}\ncommand.run(main)")
+    process = started(f"from runtime import cli\ndef main():\n    {WISHING}\ncli.run(main)")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=60)
@@ -157,7 +157,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
 
 def test_where_nothing_can_be_kept_nothing_is_said(tmp_path):
     (tmp_path / "a file").touch()
-    code = "import jax\nfrom runtime import cli\ncommand.run(lambda: jax.numpy.ones(3) + 1)"
+    code = "import jax\nfrom runtime import cli\ncli.run(lambda: jax.numpy.ones(3) + 1)"
     away = {"XDG_CACHE_HOME": str(tmp_path / "a file"), "JAX_COMPILATION_CACHE_DIR": ""}
     process = started(code, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", **away)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
