@@ -5,12 +5,12 @@
     batches(corpus)  -> Batch(audio [B, S], transcript [B, L], lengths [B], ...), forever
 
 The batch of step s is a function of (seed, s) alone, for any number of processes, so that a run
-which resumes needs no replay. Audio is decoded by soundfile (MP3, FLAC, Ogg/Opus, WAV, ...) in
+which resumes needs no replay. Audio is decoded (MP3, FLAC, Ogg/Opus, WAV, M4A, WebM, ...) in
 threads that run ahead of the device. Nothing is ever cut: what does not fit is left out, counted
 and reported. Run it to see what a corpus holds:  python data.py cv/en
 
-Annex: formats/audio_files.py decodes a file to 16 kHz mono; runtime/files.py reads the lists, and
-keeps what a clip's header said for the next start; formats/parquet.py finds what the Hub holds.
+Support: formats/audio_files.py decodes a file to 16 kHz mono, runtime/files.py reads the lists and
+caches clip durations, formats/parquet.py reads datasets from the Hub.
 
 Axes: B batch, S audio samples (16 kHz mono), L text tokens.
 Reads: nothing of ours.   Read next: train.py.
@@ -54,6 +54,11 @@ class Batch(NamedTuple):
     teacher_states: Float[Any, "B K E"] | None = None  # precomputed
     response: Int[Any, "B A"] | None = None  # the teacher's, without its last token; None: empty
     response_lengths: Int[Any, "B"] | None = None  # states that predict each response; None: 1
+
+    @property
+    def fed_response(self) -> Int[Any, "B A"]:
+        """The response tokens that the LLM is fed: [B, 0] if there are none."""
+        return self.transcript[:, :0] if self.response is None else self.response
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,10 +218,9 @@ class Corpus:
     precomputed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
-    def num_response_tokens(self) -> int | None:
-        """A: response tokens that are fed for each clip; None if there are no responses."""
-        response = self.precomputed.get("response")
-        return None if response is None else response.shape[1]
+    def num_response_tokens(self) -> int:
+        """A: response tokens that are fed for each clip."""
+        return self.precomputed["response"].shape[1] if "response" in self.precomputed else 0
 
     def batch_shapes(self, batch_size: int) -> Batch:
         """Shapes of the global batch that `batches` yields, all processes together."""

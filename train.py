@@ -14,10 +14,10 @@
 The same command on every host of a cluster is one run. One that was interrupted (Ctrl-C, SIGTERM,
 power cut) goes on when the command is started again, and ends with the same weights, bit for bit.
 
-Annex: runtime/sharding.py says where arrays live on many devices (FSDP), compilation.py makes the
-step that fits into memory, record.py keeps the log and the checkpoints, cost.py counts FLOPs,
-teacher_responses.py asks the teacher once for whole answers, validation.py computes KL and
-nearest-token accuracy on held-out clips.
+Support: runtime/sharding.py shards arrays over devices (FSDP). In training/, setup.py validates a
+run, teacher_responses.py and precompute.py compute once what the frozen models yield,
+compilation.py compiles a step that fits into memory, validation.py scores held-out clips, record.py
+writes metrics and checkpoints, cost.py counts FLOPs.
 
 Axes: B batch, S audio samples (16 kHz), L text tokens, P prefix, R suffix, Q queries, E LLM width.
 Reads: weights.py, whisper.py, llama.py, connector.py, distill_loss.py, data.py.
@@ -52,7 +52,7 @@ from data import Batch
 from runtime import cli, files, sharding
 from training import compilation, cost, precompute, record, teacher_responses, validation
 from training.recipe import Config, Recipe, parse, recipe_of, resume_command
-from training.setup import preflight
+from training.setup import Preflight, preflight
 
 # ---------------------------------------------------------------------------- the loss and the step
 
@@ -83,13 +83,12 @@ def forward(
 ) -> connector.DiVAOutput:
     """Run student and teacher on one batch, with its precomputed states where it has them."""
     diva = eqx.combine(params, frozen.diva)
-    response = batch.transcript[:, :0] if batch.response is None else batch.response
     return diva(
         transcript=batch.transcript,
         lengths=batch.lengths,
         prefix=frozen.template.prefix,
         suffix=frozen.template.suffix,
-        response=response,
+        response=batch.fed_response,
         audio=batch.audio,
         encoder_states=batch.encoder_states,
         teacher_states=batch.teacher_states,
@@ -97,7 +96,7 @@ def forward(
     )
 
 
-def response_weights(batch: Batch, num_states: int) -> Float[Array, "B K"]:
+def state_weights(batch: Batch, num_states: int) -> Float[Array, "B K"]:
     """Each clip's weight, divided equally among the states of its response."""
     lengths = batch.response_lengths
     lengths = jnp.ones_like(batch.lengths) if lengths is None else lengths
@@ -127,7 +126,7 @@ def loss_fn(
         kind=recipe.response_loss,
         student=out.student_states,
         teacher=out.teacher_states,
-        weights=response_weights(batch, num_states=out.student_states.shape[1]),
+        weights=state_weights(batch, num_states=out.student_states.shape[1]),
         output_matrix=frozen.diva.llm.output_matrix,
         gram=frozen.gram,
     )
@@ -246,8 +245,12 @@ def validate(params: Any, frozen: Frozen, batch: Batch, mesh: Mesh) -> dict[str,
     """KL and nearest-token accuracy on held-out clips."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         out = forward(params, frozen, batch)
-        state_weights = response_weights(batch, num_states=out.student_states.shape[1])
-        scores = validation.scores(frozen.diva.llm, out, batch=batch, state_weights=state_weights)
+        scores = validation.scores(
+            frozen.diva.llm,
+            out,
+            batch=batch,
+            state_weights=state_weights(batch, num_states=out.student_states.shape[1]),
+        )
     return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, P()))
 
 
@@ -401,30 +404,13 @@ def prepare_run(config: Config, meshes: list[Mesh]) -> Run:
     diva = state[2].diva
     baseline = validation.mean_embedding_baseline(diva.llm, corpus, mesh)
     record.note_baseline(epath.Path(config.out), baseline)
-
-    # The teacher's responses to the transcripts of both corpora.
-    respond = functools.partial(
-        teacher_responses.generate_responses,
-        diva.llm,
-        checked.chat.stop_ids,
-        template,
-        config=config,
-        mesh=mesh,
-    )
-    max_response = teacher_responses.max_tokens(config.response_tokens)
-    if max_response > 1:
-        corpus.precomputed |= respond(corpus=corpus, max_new_tokens=max_response)
+    add_responses(config, checked, diva.llm, mesh)
     validation_batch = None
     if checked.validation:
-        responses = respond(
-            corpus=checked.validation, max_new_tokens=teacher_responses.MAX_RESPONSE
-        )
-        checked.validation.precomputed |= responses
         validation_batch = validation.make_batch(checked.validation, mesh)
 
     # Activations of the frozen models, and the FLOPs that are left for a step.
-    num_response_tokens = corpus.num_response_tokens
-    flops = checked.flops_by_stage(corpus.max_length, num_response_tokens or 0)
+    flops = checked.flops_by_stage(corpus.max_length, corpus.num_response_tokens)
     if precompute.should_precompute(config.precompute, diva, corpus):
         corpus.precomputed |= precompute.precompute(diva, corpus, template, mesh)
         flops = {stage: n for stage, n in flops.items() if stage not in precompute.STAGES}
@@ -439,6 +425,26 @@ def prepare_run(config: Config, meshes: list[Mesh]) -> Run:
         summary = compilation.summary(compiled, remat, flops_per_clip * config.batch_size, mesh)
         print(f"compiled the step in {seconds:.1f} s: {summary}", flush=True)
     return Run(corpus, state, compiled, validation_batch, flops_per_clip, mesh)
+
+
+def add_responses(config: Config, checked: Preflight, llm: llama.Llama, mesh: Mesh) -> None:
+    """Generate the teacher's responses: as long as the recipe distils for the training clips (none
+    if it distils only the state before the first token), whole ones for the validation clips."""
+    corpora = [
+        (checked.corpus, teacher_responses.max_tokens(config.response_tokens)),
+        (checked.validation, teacher_responses.MAX_RESPONSE),
+    ]
+    for corpus, max_new_tokens in corpora:
+        if corpus and max_new_tokens > 1:
+            corpus.precomputed |= teacher_responses.generate_responses(
+                llm,
+                checked.chat.stop_ids,
+                checked.template,
+                corpus=corpus,
+                config=config,
+                mesh=mesh,
+                max_new_tokens=max_new_tokens,
+            )
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -481,7 +487,7 @@ def train(config: Config, meshes: list[Mesh]) -> tuple[int, str]:
                 params, opt_state, frozen, batch, np.int32(step)
             )
             is_validated = step == 0 or (step + 1) % config.validation_every == 0
-            if run.validation_batch and is_validated:
+            if run.validation_batch is not None and is_validated:
                 metrics |= validate(params, frozen, run.validation_batch, run.mesh)
 
             log.read()  # the metrics of the previous step: reading this one's would stall

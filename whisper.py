@@ -469,6 +469,7 @@ class Whisper(eqx.Module):
 
 
 def init_encoder(config: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> Encoder:
+    """An encoder of these sizes with random weights and sinusoidal positions."""
     layers = config.encoder_layers
     width = config.d_model
     return Encoder(
@@ -487,6 +488,7 @@ def init_encoder(config: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> Encoder
 
 
 def init_decoder(config: WhisperConfig, keys: Iterator[PRNGKeyArray]) -> Decoder:
+    """A decoder of these sizes with random weights."""
     layers = config.decoder_layers
     width = config.d_model
     return Decoder(

@@ -40,7 +40,7 @@ def look(diva: connector.DiVA, batch: data.Batch, prefix, suffix) -> dict[str, j
         lengths=batch.lengths,
         prefix=prefix,
         suffix=suffix,
-        response=batch.transcript[:, :0],
+        response=batch.fed_response,
         audio=batch.audio,
     )
     aligned, real = distill_loss.last_tokens(

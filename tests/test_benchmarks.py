@@ -160,7 +160,7 @@ def test_the_toys_grid_goes_on_where_it_was(monkeypatch):
     assert [seed for _, seed, _ in ran[tried:]] == [0] * rows + [1] * 2
     lines = toy.grid_table(known).splitlines()
     assert len(lines) == 2 + rows and lines[2].startswith("| 1 by l2 | 3 | 2 | 50.0 (50.0-50.0) |")
-    assert lines[-1].startswith("| alignment alone |")
+    assert lines[-1].startswith("| alignment alone | 0 | 1 | 50.0 |")
     for _ in toy.measure(known):
         pass
     assert len(ran) == len({*ran}) == tried + 3 * rows

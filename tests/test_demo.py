@@ -21,7 +21,7 @@ import tyro
 import connector
 import demo
 import generate
-import runtime
+import serving
 import weights
 import whisper
 from evaluation import systems
@@ -494,6 +494,6 @@ def test_the_page_without_gradio_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo.Assistant, "load", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "serving.page", raising=False)
-    monkeypatch.delattr(runtime, "page", raising=False)
+    monkeypatch.delattr(serving, "page", raising=False)
     with pytest.raises(ValueError, match=r"the page needs \w+, .* pip install '\.\[demo\]'"):
         demo.main(serve_page=True)

@@ -729,6 +729,22 @@ def test_micro_batches_of_answers_add_up_too(root, tmp_path):
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_a_stopped_run_on_responses_resumes_bit_for_bit_from_the_cached_responses(
+    root, tmp_path, monkeypatch
+):
+    """The teacher generates none again, and how many tokens are distilled belongs to the recipe."""
+    changes = {"response_tokens": 3, "steps": 4, "save_every": 2, "validation": "train"}
+    train.run(config_of(root, tmp_path / "whole", **changes))
+    train.run(config_of(root, tmp_path / "cut", until=2, **changes))
+    monkeypatch.setattr(teacher_responses, "_generate_batches", None)
+    train.run(config_of(root, tmp_path / "cut", **changes))
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+    assert "kl" in rows_of(tmp_path / "whole")[0]
+    with pytest.raises(ValueError, match="response_tokens was 3, now 'all'"):
+        train.run(config_of(root, tmp_path / "cut", **changes | {"response_tokens": "all"}))
+
+
 # --------------------------------------------------------------------------- states that are kept
 
 

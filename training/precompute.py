@@ -32,7 +32,7 @@ STAGES = ("encoder", "teacher")  # of `cost.flops`, which a step then does not c
 def precomputed_bytes(diva: connector.DiVA, corpus: data.Corpus) -> int:
     """Size of all encoder and teacher states of this corpus."""
     positions = diva.encoder.embed_positions.weight  # [T, D], as large as one clip's states
-    num_states = (corpus.num_response_tokens or 0) + 1
+    num_states = corpus.num_response_tokens + 1
     elements = positions.size + num_states * diva.llm.config.hidden_size
     return len(corpus.ids) * elements * positions.dtype.itemsize
 
@@ -97,7 +97,7 @@ def frozen_activations(
     diva: connector.DiVA, batch: Batch, template: Template
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K E"]]:
     """Encoder states and teacher states of one batch."""
-    response = batch.transcript[:, :0] if batch.response is None else batch.response
+    response = batch.fed_response
     tail = connector.suffix_and_response(template.suffix, response)
     teacher = connector.append_rows(batch.transcript, batch.lengths, tail)
     prefix = diva.llm.embed(template.prefix[None])

@@ -2,7 +2,8 @@
 
 A run that cannot work is refused here, before anything is compiled or written.
 
-Reads: everything above it.   Read next: train.py.
+Reads: data.py, connector.py, recipe.py, cost.py, record.py, teacher_responses.py, validation.py.
+Read next: train.py.
 """
 
 import dataclasses
